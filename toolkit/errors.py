@@ -1,0 +1,22 @@
+"""Errors a user can cause: raised as `UserError`, shown as one line, exit code 2."""
+
+import functools
+import sys
+
+
+class UserError(ValueError):
+    """Wrong input: the message names the argument or file and the mend."""
+
+
+def exit_2_on_user_error(main):
+    """Decorate an entry's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
