@@ -1,0 +1,81 @@
+"""LoRA-tune a pretrained model to answer questions on ECGs and to write reports. The loss is on the answers alone.
+
+deepspeed launchers/instruct.py --deepspeed ds_configs/zero2.json --backbone runs/demo/pretrain --shards runs/demo/tasks --output_dir runs/demo/instruct
+
+The output folder is a PEFT adapter: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BACKBONE), "runs/demo/instruct")`.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from toolkit.evaluation.generate import answer_tasks
+from toolkit.lm import attention
+from toolkit.lm.backbone import check_stamp, load_backbone, save_stamp
+from toolkit.lm.lora import add_lora, save_adapter
+from toolkit.lm.model import packed_loss
+from toolkit.lm.vocabulary import ecg_vocabulary
+from toolkit.shards.reader import Shards
+from toolkit.tasks.data import TaskData
+from toolkit.tasks.prompts import question_text, reference_text
+from toolkit.training.arguments import TrainingArguments, arg, parse
+from toolkit.training.distributed import launcher, start
+from toolkit.training.loop import Job, train
+from toolkit.training.validation import mean_loss
+
+
+@dataclass(kw_only=True)
+class InstructArguments(TrainingArguments):
+    backbone: str = arg("Folder written by launchers/pretrain.py.")
+    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`.")
+    tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 16)
+    lora_r: int = arg("Rank of LoRA.", 64)
+    lora_alpha: int = arg("LoRA scale is alpha / rank.", 64)
+    lora_dropout: float = arg("Dropout before LoRA.", 0.0)
+    learning_rate: float = arg("Peak learning rate of AdamW.", 1e-3)
+    warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
+
+
+def main() -> None:
+    args = parse(InstructArguments, __doc__)
+    shards, valid_shards = (Shards.open(args.shards, split) for split in ("train", "valid"))
+    check_stamp(args.backbone, shards.index, "--backbone")
+    ranks = start()
+    backbone = str(Path(args.backbone).resolve())  # the adapter's configuration remembers it
+    model, tokenizer = load_backbone(backbone, tuple, args.seed)
+    vocabulary = ecg_vocabulary(tokenizer)
+    model.set_attn_implementation(attention.NAME)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(args.seed)
+    model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    data, valid = (TaskData(s, tokenizer, vocabulary, args.tasks_per_ecg, args.seed) for s in (shards, valid_shards))
+
+    def loss(engine, row):
+        return packed_loss(engine, row, ranks.device)
+
+    def evaluate(engine) -> dict:
+        return {"eval_loss": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
+
+    def sample(engine) -> str:
+        meta = valid_shards.meta(0)
+        with attention.plain_attention(engine.module) as plain:
+            answers = answer_tasks(plain, tokenizer, vocabulary, [(valid_shards.ids(0), meta["tasks"])], 64, ranks.device)[0]
+        lines = [f"{question_text(t)} {given} (reference: {reference_text(t)})" for t, given in zip(meta["tasks"], answers)]
+        return "\n\n".join(lines)
+
+    def export(module, folder: Path) -> None:
+        save_adapter(module, folder)
+        tokenizer.save_pretrained(folder)
+        save_stamp(folder, shards.index)
+
+    identity = {"backbone": backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data), "lora_r": args.lora_r}
+    train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "instruct")
+
+
+if __name__ == "__main__":
+    launcher(main)()

@@ -1,0 +1,86 @@
+"""Pretrain a causal LM on next-ECG-token prediction.
+
+deepspeed launchers/pretrain.py --deepspeed ds_configs/zero2.json --backbone tiny --shards runs/demo/shards --output_dir runs/demo/pretrain
+
+The output folder is a plain Hugging Face model with its tokenizer: `AutoModelForCausalLM.from_pretrained("runs/demo/pretrain")`.
+`--max_steps 0` writes the backbone with the ECG vocabulary, untrained.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from toolkit.lm import attention
+from toolkit.lm.backbone import load_backbone, save_stamp
+from toolkit.lm.model import packed_loss
+from toolkit.lm.vocabulary import extend
+from toolkit.shards.reader import Shards
+from toolkit.shards.statistics import unigram_entropy
+from toolkit.tasks.data import ForecastData
+from toolkit.tasks.prompts import prefix_ids
+from toolkit.training.arguments import TrainingArguments, arg, parse
+from toolkit.training.distributed import launcher, start
+from toolkit.training.loop import Job, train
+from toolkit.training.validation import mean_loss
+
+WORDS = Path(__file__).resolve().parents[1] / "toolkit" / "lm" / "clinical_words.txt"
+CORPUS = 50_000  # ECGs whose reports train the BPE of `tiny`
+SHOWN, CONTINUED = 100, 24  # tokens given and predicted in the sample shown in TensorBoard
+
+
+@dataclass(kw_only=True)
+class PretrainArguments(TrainingArguments):
+    backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
+    shards: str = arg("Token shards written by `python -m sharding.shard`.")
+    learning_rate: float = arg("Peak learning rate of AdamW.", 1e-3)
+    warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
+
+
+def main() -> None:
+    args = parse(PretrainArguments, __doc__)
+    shards, valid_shards = (Shards.open(args.shards, split) for split in ("train", "valid"))
+    ranks = start()
+
+    def corpus():
+        yield from WORDS.read_text().splitlines() * 20
+        yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
+
+    model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
+    vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed)
+    model.set_attn_implementation(attention.NAME)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    data, valid = ForecastData(shards, tokenizer, vocabulary), ForecastData(valid_shards, tokenizer, vocabulary)
+    unigram = unigram_entropy(shards, valid_shards, vocabulary.codes)
+
+    def loss(engine, row):
+        return packed_loss(engine, row, ranks.device)
+
+    def evaluate(engine) -> dict:
+        nats = mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)
+        return {"eval_loss": nats, "eval_perplexity": math.exp(nats), "unigram_perplexity": math.exp(unigram)}
+
+    @torch.no_grad()
+    def sample(engine) -> str:
+        ids = prefix_ids(tokenizer, vocabulary, valid_shards.ids(0))
+        with attention.plain_attention(engine.module) as plain:
+            given = torch.from_numpy(ids[:SHOWN])[None].to(ranks.device)
+            made = plain.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=CONTINUED, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        return f"true: {tokenizer.decode(ids[SHOWN:SHOWN + CONTINUED])}\n\npredicted: {tokenizer.decode(made[0, SHOWN:])}"
+
+    def export(module, folder: Path) -> None:
+        module.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        save_stamp(folder, shards.index)
+
+    identity = {"backbone": args.backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data)}
+    train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "pretrain")
+
+
+if __name__ == "__main__":
+    launcher(main)()

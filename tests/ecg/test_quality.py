@@ -1,0 +1,147 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit.ecg.leads import SAMPLES
+from toolkit.ecg.quality import NAN_RUN, check
+from toolkit.ecg.records import RecordError, read_record
+
+DATA = Path(os.environ.get("ECG_DATA", Path(__file__).parents[2] / "../shared/data"))
+
+
+def sane():
+    return np.random.default_rng(0).normal(0, 0.2, (12, SAMPLES)).astype(np.float32)
+
+
+def reason(ecg):
+    with pytest.raises(RecordError) as caught:
+        check(ecg)
+    return caught.value.reason
+
+
+def test_a_sane_ecg_passes_untouched():
+    ecg, flags = check(sane())
+    np.testing.assert_array_equal(ecg, sane())
+    assert flags == [] and ecg.dtype == np.float32
+
+
+@pytest.mark.parametrize("start", [0, 1234, SAMPLES - NAN_RUN])
+def test_short_nan_runs_become_straight_lines(start):
+    ecg = sane()
+    ecg[2, start : start + NAN_RUN] = np.nan
+    before = ecg.copy()
+    out, flags = check(ecg)
+    assert flags == ["nan_interpolated"] and np.isfinite(out).all() and out.dtype == np.float32
+    np.testing.assert_array_equal(ecg, before)  # the caller's array is left alone
+    np.testing.assert_array_equal(out[~np.isnan(before)], before[~np.isnan(before)])
+    left, right = (out[2, i] for i in (max(start - 1, 0), min(start + NAN_RUN, SAMPLES - 1)))
+    # Independent of np.interp: a line from the sample before to the one after, constant where one of them is missing.
+    if 0 < start < SAMPLES - NAN_RUN:
+        line = left + (right - left) * np.arange(1, NAN_RUN + 1) / (NAN_RUN + 1)
+    else:
+        line = right if start == 0 else left
+    np.testing.assert_allclose(out[2, start : start + NAN_RUN], line, atol=1e-6)
+
+
+def test_longer_nan_runs_and_infinities_are_quarantined():
+    ecg = sane()
+    ecg[2, 100 : 101 + NAN_RUN] = np.nan
+    assert reason(ecg) == "nan"
+    ecg = sane()
+    ecg[2] = np.nan
+    assert reason(ecg) == "nan"
+    ecg = sane()
+    ecg[2, 7] = np.inf
+    assert reason(ecg) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "flat"), [(0, 2500, True), (2500, 5000, True), (1111, 3611, True), (1111, 3610, False), (0, 2499, False)]
+)
+@pytest.mark.parametrize("level", [0.0, 1.7])
+def test_a_lead_without_a_beat_for_five_seconds_is_flat(start, stop, flat, level):
+    ecg = sane()
+    ecg[7, start:stop] = level + np.linspace(0, 0.004, stop - start)
+    if flat:
+        assert reason(ecg) == "flat_lead"
+    else:
+        check(ecg)
+
+
+def test_zeros_at_the_end_of_all_leads_are_padding_up_to_five_seconds():
+    ecg = sane()
+    ecg[:, 2500:] = 0
+    assert check(ecg)[1] == ["padded"]
+    ecg[:, 2499] = 0
+    assert reason(ecg) == "flat_lead"
+    assert reason(np.zeros((12, SAMPLES), np.float32)) == "flat_lead"
+    ecg = sane()
+    ecg[:, 4000:] = 0
+    ecg[4, 3990:4000] = np.nan
+    out, flags = check(ecg)
+    assert flags == ["nan_interpolated", "padded"]
+    np.testing.assert_array_equal(out[4, 3990:4000], out[4, 3989])  # not a ramp towards the padding
+
+
+def test_amplitudes():
+    ecg = sane()
+    ecg[5, 700] = -12.5  # a spike as in the CinC data
+    assert check(ecg)[1] == ["high_amplitude"]
+    ecg[5, 700] = 51
+    assert reason(ecg) == "amplitude"
+    assert reason(sane() * 1000) == "amplitude"  # uV taken for mV
+    assert reason(sane() / 1000) == "flat_lead"  # V taken for mV
+
+
+def test_saturation_is_flagged():
+    ecg = sane()
+    ecg[1, 300:320] = 5.0
+    assert check(ecg)[1] == ["saturated"]
+    ecg = sane()
+    ecg[1, 300:319] = -5.0
+    assert check(ecg)[1] == []
+    ecg = sane()
+    ecg[1, -60:] = ecg[3, :60] = 5.0  # PTB-XL's held last value
+    assert check(ecg)[1] == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.integers(1, 70), st.sampled_from([np.nan, np.nan, np.inf, 0.0, 20.0]))
+def test_what_passes_is_finite_and_differs_only_where_it_was_nan(seed, spots, length, value):
+    rng, ecg = np.random.default_rng(seed), sane()
+    for _ in range(spots):
+        lead, at = rng.integers(12), rng.integers(SAMPLES)
+        ecg[lead, at : at + length] = value
+    try:
+        out, flags = check(ecg)
+    except RecordError as error:
+        assert error.reason == "nan" and not np.isfinite(ecg).all()
+        return
+    assert np.isfinite(out).all() and out.shape == ecg.shape and flags == sorted(set(flags))
+    assert (out == ecg)[np.isfinite(ecg)].all()
+    assert ("nan_interpolated" in flags) == bool(np.isnan(ecg).any())
+
+
+def test_no_record_of_the_shared_ptbxl_is_lost():
+    headers = sorted(DATA.glob("ptbxl_mv/**/*.hea")) + sorted(DATA.glob("ptbxl/**/*.hea"))[::80]
+    if not headers:
+        pytest.skip(f"no records in {DATA / 'ptbxl'}: set ECG_DATA")
+    for header in headers:
+        assert np.isfinite(check(read_record(header))[0]).all()
+
+
+def test_the_flat_records_of_the_shared_ningbo_are_found():
+    """Six records have leads that are constant for 10 s; here that is found by peak-to-peak over the whole record."""
+    headers = sorted(DATA.glob("cinc2021/ningbo/*.hea"))
+    if not headers:
+        pytest.skip(f"no records in {DATA / 'cinc2021/ningbo'}: set ECG_DATA")
+    for header in headers:
+        ecg = read_record(header)
+        if np.ptp(ecg, axis=1).min() == 0:
+            assert reason(ecg) == "flat_lead"
+        else:
+            check(ecg)

@@ -1,0 +1,61 @@
+"""Attention for padding-free rows, registered with transformers as `heartspeed_packed`.
+
+The layout of the row travels as the keyword argument `layout` of the model's forward (see toolkit/shards/packing.py). Each prefix is one
+causal SDPA; the branches of a group are one SDPA against that group alone, with a mask of [branch tokens, group tokens]. Nothing of the
+size of the whole row squared is ever built: a dense block mask halves the speed of a 3,200-token row.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "heartspeed_packed"
+Layout = list[tuple[int, int, tuple[int, ...]]]
+
+
+def branch_mask(prefix: int, branches: tuple[int, ...]) -> torch.Tensor:
+    """bool [sum(branches), prefix + sum(branches)]: a branch token sees the prefix and its own branch up to itself."""
+    branch = torch.repeat_interleave(torch.arange(len(branches)), torch.tensor(branches))
+    own = (branch[:, None] == branch[None, :]).tril()
+    return torch.cat([torch.ones(len(branch), prefix, dtype=torch.bool), own], 1)
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, layout: Layout | None = None, **kwargs):
+    """query [1, H, n, D], key and value [1, H_kv, n, D] -> ([1, n, H, D], None), as AttentionInterface wants it."""
+    if layout is None:
+        raise ValueError(f"{NAME} needs layout=; use `plain_attention(model)` for ordinary rows")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    parts = []
+
+    def attend(q: slice, kv: slice, **how):
+        parts.append(scaled_dot_product_attention(query[:, :, q], key[:, :, kv], value[:, :, kv], scale=scaling, dropout_p=dropout, **how))
+
+    lengths = {end - start for start, end, branches in layout}
+    if len(lengths) == 1 and not any(branches for _, _, branches in layout):  # equal plain sequences: one call for all of them
+        fold = [t.unflatten(2, (len(layout), -1)).transpose(1, 2).squeeze(0) for t in (query, key, value)]  # [groups, H, length, D]
+        folded = scaled_dot_product_attention(*fold, is_causal=True, scale=scaling, dropout_p=dropout)
+        return folded.transpose(1, 2).flatten(0, 1).unsqueeze(0).contiguous(), None
+    for start, end, branches in layout:
+        attend(slice(start, end), slice(start, end), is_causal=True)
+        if branches:
+            stop = end + sum(branches)
+            attend(slice(end, stop), slice(start, stop), attn_mask=branch_mask(end - start, branches).to(query.device))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+
+@contextmanager
+def plain_attention(model):
+    """Within the block the model takes ordinary [batch, n] rows, masks and a cache (evaluation, generation)."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,14 @@
+"""LoRA through PEFT on every linear layer but the head."""
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> PeftModel:
+    """The model with its weights frozen and LoRA of `rank` and scale alpha / rank on all linear layers."""
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"))
+
+
+def save_adapter(model: PeftModel, folder) -> None:
+    """The adapter alone: the vocabulary is the backbone's, so peft must not store the whole embedding with it."""
+    model.save_pretrained(folder, save_embedding_layers=False)

@@ -1,0 +1,88 @@
+"""Encoder, finite scalar quantiser and decoder of the ECG tokenizer, as plain torch modules.
+
+Encoder (HeartLLM section "ECG tokenization"): one temporal-inception encoder shared by the 12 leads, down-sampling by 16,
+leads concatenated, linear to 4 dimensions, sigmoid, six levels each: 6**4 = 1,296 codes, 313 tokens for 10 s.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+LEAKY_SLOPE = 0.01
+
+
+class Inception(nn.Module):
+    """LeakyReLU(GroupNorm(sum of parallel Conv1d with kernels 1, 3, 5, 7)) + input; [N, C, T] -> [N, C, T].
+
+    A sum of parallel convolutions is one convolution with the zero-padded kernels added up, so the forward pass is a single
+    kernel-7 convolution: 7 instead of 16 multiplications per weight pair and one pass over memory instead of four.
+    """
+
+    KERNELS = (1, 3, 5, 7)
+
+    def __init__(self, channels: int, groups: int = 8):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv1d(channels, channels, k, padding=k // 2, bias=False) for k in self.KERNELS)
+        self.norm = nn.GroupNorm(groups, channels)
+
+    def merged_kernel(self) -> torch.Tensor:
+        widest = max(self.KERNELS)
+        return sum(F.pad(conv.weight, [(widest - k) // 2] * 2) for conv, k in zip(self.convs, self.KERNELS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.conv1d(x, self.merged_kernel(), padding=max(self.KERNELS) // 2)
+        return F.leaky_relu(self.norm(y), LEAKY_SLOPE) + x
+
+
+class Encoder(nn.Module):
+    """[B, 12, T] -> [B, ceil(T/16), dims], unbounded. All leads of a batch go through as one batch of B*12 signals."""
+
+    DOWNSAMPLING = (4, 2, 2)  # the first factor is 4: blocks at 250 Hz cost half of blocks at 500 Hz, at equal error
+
+    def __init__(self, leads: int, channels: int, dims: int):
+        super().__init__()
+        stages, width = [], 1
+        for factor in self.DOWNSAMPLING:
+            kernel = 2 * factor - 1  # odd, so that T samples become ceil(T / factor)
+            stages += [nn.Conv1d(width, channels, kernel, stride=factor, padding=kernel // 2, bias=False), Inception(channels)]
+            width = channels
+        self.stages = nn.Sequential(*stages)
+        self.to_code = nn.Linear(leads * channels, dims)
+
+    def forward(self, ecg: torch.Tensor) -> torch.Tensor:
+        batch, leads, samples = ecg.shape
+        h = self.stages(ecg.reshape(batch * leads, 1, samples))  # [B*12, C, L]
+        h = h.reshape(batch, leads * h.shape[1], h.shape[2]).transpose(1, 2)  # [B, L, 12*C]
+        return self.to_code(h)
+
+
+class Decoder(nn.Module):
+    """[B, L, dims] in [-1, 1] -> [B, 12, 16 * L]. Most layers run at the token rate (31 Hz), where they are 16 times cheaper."""
+
+    def __init__(self, leads: int, channels: int, blocks: int, dims: int):
+        super().__init__()
+        self.expand = nn.Linear(dims, channels)
+        half = channels // 2
+        self.stages = nn.Sequential(
+            *[Inception(channels) for _ in range(blocks)],
+            nn.ConvTranspose1d(channels, half, 8, stride=4, padding=2),
+            Inception(half),
+            nn.ConvTranspose1d(half, leads, 8, stride=4, padding=2),
+        )
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return self.stages(self.expand(codes).transpose(1, 2))
+
+
+def quantise(z: torch.Tensor, levels: int) -> torch.Tensor:
+    """`round(z * (L-1)) / (L-1)` for z in [0, 1], with a straight-through gradient."""
+    rounded = torch.round(z * (levels - 1)) / (levels - 1)
+    return z + (rounded - z).detach()
+
+
+def normalise(ecg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each lead to mean 0 and standard deviation 1 over the record: (normalised, mean, std), the last two [B, 12, 1], mV."""
+    mean = ecg.mean(-1, keepdim=True)
+    # 1 uV floor: a lead that passed the quality check is above it, an artificial flat one stays zero instead of exploding
+    std = ecg.std(-1, keepdim=True, correction=0).clamp_min(1e-3)
+    return (ecg - mean) / std, mean, std

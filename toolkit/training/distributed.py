@@ -1,0 +1,95 @@
+"""Ranks: start them, agree, and leave with an exit code that scripts can use."""
+
+import functools
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from toolkit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `device` is where its model lives."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def start() -> Ranks:
+    """Join the process group that the launcher describes (alone without a launcher), nccl on GPUs and gloo on CPUs."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))  # only a run without a launcher has none
+    accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() == "cpu":
+        # this op serves inference alone; building it takes 40 s, and a killed build makes later runs hang on its lock
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+        device = torch.device("cpu")
+    else:
+        accelerator.set_device(local)
+        device = torch.device(accelerator.device_name(local))
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # torch 2.13, of DeepSpeed's calls
+    if not dist.is_initialized():
+        deepspeed.init_distributed("gloo" if device.type == "cpu" else None, verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def bf16_is_fast() -> bool:
+    """GPUs since Ampere; CPUs with AVX-512 BF16 or AMX (elsewhere bf16 is emulated, slower than fp32)."""
+    if get_accelerator().device_name() != "cpu":
+        return get_accelerator().is_bf16_supported()
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """Element-wise sum over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def launcher(main):
+    """Decorate a launcher's `main()`: a UserError is one line from rank 0 and exit code 2 on every rank; the group is left in order."""
+
+    @functools.wraps(main)
+    def wrapped():
+        try:
+            main()
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(2)  # the launcher ends all ranks when one ends: let rank 0 speak first
+            os._exit(2)  # not sys.exit: other ranks may wait in a collective, and leaving the group would wait for them
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    return wrapped
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

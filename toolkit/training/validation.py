@@ -1,0 +1,21 @@
+"""Mean loss on a fixed set, the same for any number of ranks."""
+
+from collections.abc import Callable
+
+import torch
+
+from toolkit.shards.order import Data
+from toolkit.training.distributed import Ranks, sum_over_ranks
+
+
+@torch.no_grad()
+def mean_loss(engine, data: Data, loss: Callable, ranks: Ranks, limit: int, batch_size: int) -> float:
+    """Summed loss over the first `limit` samples of `data`, divided by their targets; collective."""
+    mine = [(0, i) for i in range(ranks.rank, min(limit, len(data)), ranks.world)]
+    summed, targets = 0.0, 0
+    for start in range(0, len(mine), batch_size):
+        batch = data.batch(mine[start : start + batch_size])
+        summed += loss(engine, batch.inputs).item()
+        targets += batch.targets
+    summed, targets = sum_over_ranks([summed, targets], ranks.device)
+    return summed / targets
