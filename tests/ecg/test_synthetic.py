@@ -242,7 +242,7 @@ def test_wfdb_reads_the_signal_back(corpus, table, tmp_path):
         name = str(corpus / "ptbxl" / table[ecg_id - 1]["filename_hr"])
         signal, fields = wfdb.rdsamp(name)
         assert fields["fs"] == 500 and fields["units"] == ["mV"] * 12
-        assert fields["sig_name"] == "I II III AVR AVL AVF V1 V2 V3 V4 V5 V6".split()
+        assert fields["sig_name"] == [lead.upper() for lead in LEADS]
         assert np.abs(signal.T - expected).max() <= 0.0005 + 1e-6  # half a step of 1 uV
         raw = wfdb.rdrecord(name, physical=False)
         assert raw.checksum == [c % 65536 for c in raw.calc_checksum()] and raw.init_value == raw.d_signal[0].tolist()

@@ -152,7 +152,10 @@ def _beats(heart: Heart, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarr
 def _waves(heart: Heart) -> list[tuple[str, float | None, float, float, np.ndarray]]:
     """(kinds of beat, s after R or None for the T time, left and right width s, direction mV) of every wave."""
     n = heart.nature
-    vary = lambda i, spread: exp(spread * n[i])  # noqa: E731  a patient's own factor, log-normal
+
+    def vary(i: int, spread: float) -> float:  # a patient's own factor, log-normal
+        return exp(spread * n[i])
+
     along = np.array([cos(radians(heart.axis_degrees)), sin(radians(heart.axis_degrees)), 0])
     across = np.array([-along[1], along[0], 0])
     front = np.array([0, 0, 1.0])
@@ -169,12 +172,12 @@ def _waves(heart: Heart) -> list[tuple[str, float | None, float, float, np.ndarr
     strength = vary(12, 0.12)
 
     if heart.conduction == "lbbb" or heart.rhythm == "paced":
-        # Two humps 60 ms apart make the notch; no septal q. Pacing from the right apex runs upwards and to the back.
+        # Two humps 54 ms apart make the notch; no septal q. Pacing from the right apex runs upwards and to the back.
         main = along - 0.55 * front
         if heart.rhythm == "paced":
             main = np.array([0.35 + 0.1 * n[13], -0.9, -0.65])
         main, late = 1.05 * size * main, 0.05
-        qrs = [("sa", -0.020 * wide, 0.021, 0.024, 0.85 * main), ("sa", 0.040 * wide, 0.024, 0.022, 0.95 * main * vary(14, 0.08))]
+        qrs = [("sa", -0.018 * wide, 0.018, 0.022, 0.85 * main), ("sa", 0.036 * wide, 0.022, 0.019, 0.95 * main * vary(14, 0.08))]
         st, t = -0.20 * strength * main, -0.42 * strength * main
     else:
         if heart.morphology == "lvh":  # Sokolow: S V1 + R V5 > 3.5 mV, and strain

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from toolkit.ecg.heart import Heart, draw, simulate
-from toolkit.ecg.leads import LEADS, SAMPLES, SAMPLING_RATE
+from toolkit.ecg.leads import LEADS, SAMPLING_RATE
 from toolkit.errors import UserError, exit_2_on_user_error
 
 VERSION = 1  # of the generator: raise it when the same arguments would give other bytes
@@ -66,24 +66,30 @@ ECTOPY = {
 AXIS = {"normal": ("MID", "normal heart axis"), "left": ("LAD", "left axis deviation"), "right": ("RAD", "right axis deviation")}
 FORM = ("LVOLT", "INVT", "PVC", "PAC")
 
-# Columns and rows of PTB-XL's scp_statements.csv: code, description, kind, class, subclass, category, statement.
+# Rows of PTB-XL's scp_statements.csv: code, description, kind, class, subclass, category (CATEGORIES), statement.
+CATEGORIES = {
+    "AV": "Sinus node dysfunction, atrial and AV-conduction defects",
+    "IV": "Intraventricular and intra-atrial Conduction disturbances",
+    "ectopic": "Statements related to ectopic rhythm abnormalities",
+    "impulse": "Statements related to impulse formation (abnormalities)",
+}
 STATEMENTS = """NORM|normal ECG|diagnostic|NORM|NORM|Normal/abnormal|normal ECG
 LVH|left ventricular hypertrophy|diagnostic|HYP|LVH|Ventricular Hypertrophy|left ventricular hypertrophy
 AMI|anterior myocardial infarction|diagnostic|MI|AMI|Myocardial Infarction|anterior myocardial infarction
 IMI|inferior myocardial infarction|diagnostic|MI|IMI|Myocardial Infarction|inferior myocardial infarction
-1AVB|first degree AV block|diagnostic|CD|_AVB|Sinus node dysfunction, atrial and AV-conduction defects|first degree AV block
-CLBBB|complete left bundle branch block|diagnostic|CD|CLBBB|Intraventricular and intra-atrial Conduction disturbances|(complete) left bundle branch block
-CRBBB|complete right bundle branch block|diagnostic|CD|CRBBB|Intraventricular and intra-atrial Conduction disturbances|(complete) right bundle branch block
+1AVB|first degree AV block|diagnostic|CD|_AVB|AV|first degree AV block
+CLBBB|complete left bundle branch block|diagnostic|CD|CLBBB|IV|(complete) left bundle branch block
+CRBBB|complete right bundle branch block|diagnostic|CD|CRBBB|IV|(complete) right bundle branch block
 LVOLT|low QRS voltages in the frontal and horizontal leads|form|||Other QRS morphology descriptive statements|low QRS voltages in the frontal and horizontal leads
 INVT|inverted T-waves|form|||other ST-T descriptive statements|inverted T-waves
-PVC|ventricular premature complex|form|||Statements related to ectopic rhythm abnormalities|ventricular premature complex (beat)
-PAC|atrial premature complex|form|||Statements related to ectopic rhythm abnormalities|atrial premature complex (beat)
-SR|sinus rhythm|rhythm|||Statements related to impulse formation (abnormalities)|sinus rhythm
-SBRAD|sinus bradycardia|rhythm|||Statements related to impulse formation (abnormalities)|sinus bradycardia
-STACH|sinus tachycardia|rhythm|||Statements related to impulse formation (abnormalities)|sinus tachycardia
-SARRH|sinus arrhythmia|rhythm|||Statements related to impulse formation (abnormalities)|sinus arrhythmia
-AFIB|atrial fibrillation|rhythm|||Statements related to impulse formation (abnormalities)|atrial fibrillation
-AFLT|atrial flutter|rhythm|||Statements related to impulse formation (abnormalities)|atrial flutter
+PVC|ventricular premature complex|form|||ectopic|ventricular premature complex (beat)
+PAC|atrial premature complex|form|||ectopic|atrial premature complex (beat)
+SR|sinus rhythm|rhythm|||impulse|sinus rhythm
+SBRAD|sinus bradycardia|rhythm|||impulse|sinus bradycardia
+STACH|sinus tachycardia|rhythm|||impulse|sinus tachycardia
+SARRH|sinus arrhythmia|rhythm|||impulse|sinus arrhythmia
+AFIB|atrial fibrillation|rhythm|||impulse|atrial fibrillation
+AFLT|atrial flutter|rhythm|||impulse|atrial flutter
 PACE|normal functioning artificial pacemaker|rhythm|||Pacemaker types and pacemaker function|normal functioning artificial pacemaker
 """
 
@@ -96,8 +102,10 @@ def scp_codes(heart: Heart) -> dict[str, float]:
     codes = ["NORM"] if heart.is_normal else []
     codes += [table[label][0] for table, label in _findings(heart) if label in table]
     codes.append(RHYTHM[heart.rhythm][0])
-    rank = lambda c: 2 * (c == codes[-1]) + (c in FORM)  # noqa: E731
-    return {code: 0.0 if rank(code) else 100.0 for code in sorted(codes, key=rank)}
+    # The findings stand in the order conduction, morphology, ectopy; form codes go behind the diagnostic ones.
+    rhythm = codes.pop()
+    form = [code for code in codes if code in FORM]
+    return {**{code: 100.0 for code in codes if code not in form}, **dict.fromkeys([*form, rhythm], 0.0)}
 
 
 def _findings(heart: Heart):
@@ -250,21 +258,25 @@ def ask(heart: Heart, ecg_id: int, rng: np.random.Generator) -> list[dict]:
             continue
         if kind == "choose" and swap < 0.5:
             group = group[::-1]
-        rows.append(
-            {
-                "template_id": template, "question_id": question_id, "sample_id": None, "question_type": f"single-{kind}",
-                "attribute_type": attribute_type, "question": wording.format(*group) if kind != "query" else wording,
-                "answer": list(given), "ecg_id": [ecg_id], "attribute": list(group),
-            }  # fmt: skip
-        )
+        question = {
+            "template_id": template, "question_id": question_id, "sample_id": None, "question_type": f"single-{kind}",
+            "attribute_type": attribute_type, "question": wording.format(*group) if kind != "query" else wording,
+            "answer": list(given), "ecg_id": [ecg_id], "attribute": list(group),
+        }  # fmt: skip
+        rows.append(question)
     return rows
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = """ecg_id patient_id age sex height weight nurse site device recording_date report scp_codes heart_axis infarction_stadium1
-infarction_stadium2 validated_by second_opinion initial_autogenerated_report validated_by_human baseline_drift static_noise burst_noise
-electrodes_problems extra_beats pacemaker strat_fold filename_lr filename_hr""".split()  # PTB-XL 1.0.3, in its order
+COLUMNS = [
+    "ecg_id", "patient_id", "age", "sex", "height", "weight", "nurse", "site", "device", "recording_date", "report", "scp_codes",
+    "heart_axis", "infarction_stadium1", "infarction_stadium2", "validated_by", "second_opinion", "initial_autogenerated_report",
+    "validated_by_human", "baseline_drift", "static_noise", "burst_noise", "electrodes_problems", "extra_beats", "pacemaker",
+    "strat_fold", "filename_lr", "filename_hr",
+]  # fmt: skip
+# The 28 of PTB-XL 1.0.3, in its order.
+
 
 
 def patients(records: int, seed: int) -> list[dict]:
@@ -278,8 +290,8 @@ def patients(records: int, seed: int) -> list[dict]:
         if not known or choice < 1 / ECGS_PER_PATIENT:
             if not folds:  # ten patients, ten folds: no fold runs empty
                 folds = rng.permutation(np.arange(1, 11)).tolist()
-            person = {"patient_id": float(len(known) + 1), "age": float(18 + int(72 * age)), "sex": int(sex < 0.5), "strat_fold": folds.pop()}
-            known.append(person)
+            years = float(18 + int(72 * age))
+            known.append({"patient_id": float(len(known) + 1), "age": years, "sex": int(sex < 0.5), "strat_fold": folds.pop()})
         rows.append(known[-1] if choice < 1 / ECGS_PER_PATIENT else known[int(who * len(known))])
     return rows
 
@@ -308,8 +320,8 @@ def _make(task: tuple[Path, int, int]) -> tuple[dict, list[dict]]:
     write_record(ptbxl / "records500" / where, name, simulate(heart, rng))
     day = datetime.datetime(1990, 1, 1, 8) + datetime.timedelta(hours=3 * ecg_id)
     return {
-        "ecg_id": ecg_id, "device": "synthetic", "recording_date": day.isoformat(sep=" "), "report": report(heart), "scp_codes": str(scp_codes(heart)),
-        "heart_axis": "" if heart.rhythm == "paced" else AXIS[heart.axis][0],
+        "ecg_id": ecg_id, "device": "synthetic", "recording_date": day.isoformat(sep=" "),
+        "report": report(heart), "scp_codes": str(scp_codes(heart)), "heart_axis": "" if heart.rhythm == "paced" else AXIS[heart.axis][0],
         "infarction_stadium1": "Stadium I" if heart.morphology.endswith("_mi") else "",
         "second_opinion": False, "initial_autogenerated_report": True, "validated_by_human": False,
         "extra_beats": f"{heart.ectopics}{ECTOPY[heart.ectopy][3]}" if heart.ectopics else "",
@@ -332,7 +344,7 @@ def _statements() -> str:
     for line in STATEMENTS.splitlines():
         code, description, kind, superclass, subclass, category, statement = line.split("|")
         flags = ["1.0" if kind == k else "" for k in ("diagnostic", "form", "rhythm")]
-        rows.append([code, description, *flags, superclass, subclass, category, statement, "", "", "", ""])
+        rows.append([code, description, *flags, superclass, subclass, CATEGORIES.get(category, category), statement, "", "", "", ""])
     return _table(header, rows)
 
 
