@@ -68,6 +68,7 @@ FORM = ("LVOLT", "INVT", "PVC", "PAC")
 
 # Rows of PTB-XL's scp_statements.csv: code, description, kind, class, subclass, category (CATEGORIES), statement.
 CATEGORIES = {
+    "QRS": "Other QRS morphology descriptive statements",
     "AV": "Sinus node dysfunction, atrial and AV-conduction defects",
     "IV": "Intraventricular and intra-atrial Conduction disturbances",
     "ectopic": "Statements related to ectopic rhythm abnormalities",
@@ -80,7 +81,7 @@ IMI|inferior myocardial infarction|diagnostic|MI|IMI|Myocardial Infarction|infer
 1AVB|first degree AV block|diagnostic|CD|_AVB|AV|first degree AV block
 CLBBB|complete left bundle branch block|diagnostic|CD|CLBBB|IV|(complete) left bundle branch block
 CRBBB|complete right bundle branch block|diagnostic|CD|CRBBB|IV|(complete) right bundle branch block
-LVOLT|low QRS voltages in the frontal and horizontal leads|form|||Other QRS morphology descriptive statements|low QRS voltages in the frontal and horizontal leads
+LVOLT|low QRS voltages in the frontal and horizontal leads|form|||QRS|low QRS voltages in the frontal and horizontal leads
 INVT|inverted T-waves|form|||other ST-T descriptive statements|inverted T-waves
 PVC|ventricular premature complex|form|||ectopic|ventricular premature complex (beat)
 PAC|atrial premature complex|form|||ectopic|atrial premature complex (beat)
@@ -431,7 +432,7 @@ def main(argv: list[str] | None = None) -> None:
         epilog="A complete OUT with the same --records and --seed is left as it is. 1,000 ECGs take 120 MB.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", required=True, metavar="OUT", help="folder to create, e.g. runs/demo/data")
+    parser.add_argument("--out", required=True, default=argparse.SUPPRESS, metavar="OUT", help="folder to create, e.g. runs/demo/data")
     parser.add_argument("--records", type=int, default=2400, metavar="N", help="ECGs, 1 to 99999; folds 1-8 train, 9 valid, 10 test")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="another seed, other patients and hearts")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
