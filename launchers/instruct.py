@@ -8,6 +8,7 @@ The output folder is a PEFT adapter: `PeftModel.from_pretrained(AutoModelForCaus
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,18 +33,19 @@ from toolkit.training.validation import mean_loss
 class InstructArguments(TrainingArguments):
     backbone: str = arg("Folder written by launchers/pretrain.py.")
     shards: str = arg("Task shards written by `python -m sharding.shard_tasks`.")
-    tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 16)
+    tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 8)
+    train_text_rows: Literal["auto", "yes", "no"] = arg("Train the embedding's text rows beside LoRA. auto: if the backbone never saw text (tiny).", "auto")
     lora_r: int = arg("Rank of LoRA.", 64)
     lora_alpha: int = arg("LoRA scale is alpha / rank.", 64)
     lora_dropout: float = arg("Dropout before LoRA.", 0.0)
-    learning_rate: float = arg("Peak learning rate of AdamW.", 1e-3)
-    warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
+    learning_rate: float | None = arg("Peak learning rate. Default 0.77 / hidden size: 3e-3 for tiny, 1.3e-3 for smollm2, 2.5e-4 for Llama-3.2-3B.", None)
+    per_device_train_batch_size: int = arg("ECGs (with all their tasks) per rank and micro-batch.", 2)
 
 
 def main() -> None:
     args = parse(InstructArguments, __doc__)
-    shards, valid_shards = (Shards.open(args.shards, split) for split in ("train", "valid"))
-    check_stamp(args.backbone, shards.index, "--backbone")
+    shards, valid_shards = (Shards.open(args.shards, split, kind="tasks") for split in ("train", "valid"))
+    stamp = check_stamp(args.backbone, shards.index, "--backbone")
     ranks = start()
     backbone = str(Path(args.backbone).resolve())  # the adapter's configuration remembers it
     model, tokenizer = load_backbone(backbone, tuple, args.seed)
@@ -52,7 +54,9 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(args.seed)
-    model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout)
+    rows = range(vocabulary.start) if args.train_text_rows == "yes" or (args.train_text_rows == "auto" and not stamp["knows_text"]) else range(0)
+    args.learning_rate = args.learning_rate or 0.77 / model.config.hidden_size
+    model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, rows)
     data, valid = (TaskData(s, tokenizer, vocabulary, args.tasks_per_ecg, args.seed) for s in (shards, valid_shards))
 
     def loss(engine, row):
@@ -71,7 +75,7 @@ def main() -> None:
     def export(module, folder: Path) -> None:
         save_adapter(module, folder)
         tokenizer.save_pretrained(folder)
-        save_stamp(folder, shards.index)
+        save_stamp(folder, shards.index, knows_text=True)
 
     identity = {"backbone": backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data), "lora_r": args.lora_r}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "instruct")

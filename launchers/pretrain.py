@@ -37,13 +37,12 @@ SHOWN, CONTINUED = 100, 24  # tokens given and predicted in the sample shown in 
 class PretrainArguments(TrainingArguments):
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
     shards: str = arg("Token shards written by `python -m sharding.shard`.")
-    learning_rate: float = arg("Peak learning rate of AdamW.", 1e-3)
-    warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
+    learning_rate: float | None = arg("Peak learning rate. Default 0.5 / hidden size: 2e-3 for tiny, 9e-4 for smollm2, 1.6e-4 for Llama-3.2-3B.", None)
 
 
 def main() -> None:
     args = parse(PretrainArguments, __doc__)
-    shards, valid_shards = (Shards.open(args.shards, split) for split in ("train", "valid"))
+    shards, valid_shards = (Shards.open(args.shards, split, kind="tokens") for split in ("train", "valid"))
     ranks = start()
 
     def corpus():
@@ -51,6 +50,7 @@ def main() -> None:
         yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
 
     model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
+    args.learning_rate = args.learning_rate or 0.5 / model.config.hidden_size
     vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed)
     model.set_attn_implementation(attention.NAME)
     if args.gradient_checkpointing:
@@ -76,7 +76,7 @@ def main() -> None:
     def export(module, folder: Path) -> None:
         module.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        save_stamp(folder, shards.index)
+        save_stamp(folder, shards.index, knows_text=args.backbone != "tiny")
 
     identity = {"backbone": args.backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data)}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "pretrain")

@@ -35,7 +35,6 @@ class TokenizerArguments(TrainingArguments):
     learning_rate: float = arg("Peak learning rate of AdamW.", 2e-3)
     num_train_epochs: float = arg("Passes over the training ECGs.", 5.0)
     per_device_train_batch_size: int = arg("ECGs per rank and micro-batch.", 16)
-    warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
 
 
 class Recordings:

@@ -11,8 +11,6 @@ there so that splits can be checked by patient without carrying hospital numbers
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -21,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from toolkit.errors import UserError
+from toolkit.files import new_folder
 
 FORMAT_VERSION = 1
 MANIFEST, QUARANTINE, PREPARE = FILES = ("manifest.parquet", "quarantine.jsonl", "prepare.json")
@@ -123,26 +122,11 @@ def existing(out: Path, arguments: dict, overwrite: bool) -> dict | None:
 
 
 def write_manifest(out: Path, rows: list[dict], quarantine: list[dict], summary: dict) -> None:
-    """The three files as folder `out`, whole or not at all: written beside it, then moved there in place of what `out` was."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new, old = staging / "new", staging / "old"
-        new.mkdir()  # not staging itself: mkdtemp makes that one readable by its owner only
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), new / MANIFEST)
-        (new / QUARANTINE).write_text("".join(json.dumps(line) + "\n" for line in quarantine))
-        (new / PREPARE).write_text(json.dumps({**summary, "format_version": FORMAT_VERSION}, indent=2) + "\n")
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(staging)
+    """The three files as folder `out`, whole or not at all, in place of what `out` was."""
+    with new_folder(out) as folder:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / MANIFEST)
+        (folder / QUARANTINE).write_text("".join(json.dumps(line) + "\n" for line in quarantine))
+        (folder / PREPARE).write_text(json.dumps({**summary, "format_version": FORMAT_VERSION}, indent=2) + "\n")
 
 
 def _read_summary(folder: Path) -> dict:

@@ -97,7 +97,7 @@ def _encode(records: list[tuple[str, str]]) -> tuple[np.ndarray, list[dict]]:
         try:
             ecgs.append(check(read_record(path))[0])
         except RecordError as error:  # the file may have changed since `prepare`: one NaN must never reach the encoder
-            bad.append({"key": key, "path": path, "reason": error.reason, "message": str(error)})
+            bad.append({"key": key, "path": path, "reason": error.reason, "message": error.message})
     return (_tokenizer.encode(np.stack(ecgs)) if ecgs else np.zeros((0, _tokenizer.tokens_per_ecg), np.uint16)), bad
 
 

@@ -35,13 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     if (args.kind == "ecgqa") != (args.qa is not None):
         raise UserError("--qa: goes with `ecgqa`, and only with it")
     index = read_index(args.shards)
-    if index["kind"] != "tokens":
-        raise UserError(f"--shards: {args.shards} holds {index['kind']}, not ECG tokens; name the output of `python -m sharding.shard`")
     if args.out.resolve() == args.shards.resolve():
         raise UserError("--out: must be another folder than --shards")
 
     ecgs = {}  # record id -> (split, place in it)
-    shards = {split: Shards.open(args.shards, split) for split, entry in index["splits"].items() if entry["samples"]}
+    shards = {split: Shards.open(args.shards, split, kind="tokens") for split, entry in index["splits"].items() if entry["samples"]}
     metas = {
         split: [reader.meta(i) for i in tqdm(range(len(reader)), desc=f"read {split}", unit="ECG")] for split, reader in shards.items()
     }

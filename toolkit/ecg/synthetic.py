@@ -24,7 +24,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from toolkit.ecg.heart import Heart, draw, simulate
 from toolkit.ecg.leads import LEADS, SAMPLING_RATE
 from toolkit.errors import UserError, exit_2_on_user_error
+from toolkit.files import new_folder
 
 VERSION = 1  # of the generator: raise it when the same arguments would give other bytes
 ECGS_PER_PATIENT = 1.15  # PTB-XL: 21,799 / 18,869 (1.0.3)
@@ -410,16 +410,9 @@ def write_corpus(out: str | Path, records: int = 2400, seed: int = 0, workers: i
             return out
         what = f"a corpus with {found}" if found else "files that are no synthetic corpus"
         raise UserError(f"--out {out} holds {what}: name another folder, or delete it first")
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         _write(partial, records, seed, workers)
         (partial / "corpus.json").write_text(json.dumps(arguments) + "\n")
-        partial.rename(out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 

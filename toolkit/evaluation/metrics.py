@@ -36,17 +36,18 @@ def question_counts(rows: Sequence[dict]) -> dict[str, int]:
     return {kind: found[kind] for kind in (*SINGLE_QUESTION_TYPES, *others)}
 
 
+def is_correct(row: dict) -> bool:
+    """Whether the answers of a prediction are the set of the reference's answers."""
+    return split_answers(row["prediction"]) == split_answers(row["reference"])
+
+
 def exact_match(rows: Sequence[dict]) -> dict[str, float | None]:
     """Fraction of questions whose set of answers equals the reference set.
 
     Returns `{"overall": micro average, "<question_type>": fraction, ...}`; None stands where there is no question.
     Raises ValueError on a row of an unknown task.
     """
-    right = Counter(
-        row["question_type"]
-        for row in _of_task(rows, "ecgqa")
-        if split_answers(row["prediction"]) == split_answers(row["reference"])
-    )
+    right = Counter(row["question_type"] for row in _of_task(rows, "ecgqa") if is_correct(row))
     asked = question_counts(rows)
     scores = {"overall": _fraction(sum(right.values()), sum(asked.values()))}
     return scores | {kind: _fraction(right[kind], n) for kind, n in asked.items()}

@@ -96,16 +96,21 @@ def _smollm2() -> Path:
 STAMP = "heartspeed.json"
 
 
-def save_stamp(folder: Path, index: dict) -> None:
-    """Write beside a model which ECG tokenizer its ECG tokens mean."""
-    write_text(folder / STAMP, json.dumps({name: index[name] for name in ("tokenizer", "codes", "levels", "dims")}, indent=2))
+def save_stamp(folder: Path, index: dict, knows_text: bool) -> None:
+    """Write beside a model which ECG tokenizer its ECG tokens mean, and whether it ever was trained on text (`tiny` was not)."""
+    stamp = {name: index[name] for name in ("tokenizer", "codes", "levels", "dims")}
+    write_text(folder / STAMP, json.dumps({**stamp, "knows_text": knows_text}, indent=2))
 
 
-def check_stamp(folder: str | Path, index: dict, flag: str) -> None:
-    """Raises UserError if the model in `folder` was not trained on the ECG tokens of the shards with this index."""
+def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
+    """The stamp of a model folder. Raises UserError if the model in `folder` was not trained on the ECG tokens of the shards with this index."""
     path = Path(folder) / STAMP
     if not path.is_file():
         raise UserError(f"{flag}: {folder} has no {STAMP}, so it knows no ECG tokens; make it with launchers/pretrain.py")
     stamp = json.loads(path.read_text())
     if stamp["tokenizer"] != index["tokenizer"]:
-        raise UserError(f"{flag}: {folder} was trained on tokens of ECG tokenizer {stamp['tokenizer']}, the shards hold {index['tokenizer']}; use the shards it was trained with")
+        raise UserError(
+            f"{flag}: {folder} was trained on tokens of ECG tokenizer {stamp['tokenizer']}, the shards hold {index['tokenizer']};"
+            " use the shards it was trained with"
+        )
+    return stamp

@@ -4,9 +4,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 
-def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float) -> PeftModel:
-    """The model with its weights frozen and LoRA of `rank` and scale alpha / rank on all linear layers."""
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear"))
+def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float, trained_rows: range = range(0)) -> PeftModel:
+    """The model with its weights frozen and LoRA of `rank` and scale alpha / rank on all linear layers.
+
+    trained_rows: rows of the embedding (and of a tied head) that are trained in full beside it.
+    """
+    rows = {"trainable_token_indices": list(trained_rows)} if len(trained_rows) else {}
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", **rows)
+    return get_peft_model(model, config)
 
 
 def save_adapter(model: PeftModel, folder) -> None:

@@ -36,9 +36,12 @@ class Shards:
         self.folder, self.split, self.index, self.rows, self._maps = folder, split, index, rows, maps
 
     @classmethod
-    def open(cls, folder: str | Path, split: str, flag: str = "--shards") -> "Shards":
-        """Raises UserError if the folder, the split or one of its shards is missing, cut short or of another length."""
+    def open(cls, folder: str | Path, split: str, flag: str = "--shards", kind: str | None = None) -> "Shards":
+        """Raises UserError if the folder, the split or one of its shards is missing or cut short, or not of the `kind` (tokens, tasks)."""
         folder, index = Path(folder), read_index(folder, flag)
+        if kind not in (None, index["kind"]):
+            maker = {"tokens": "sharding.shard", "tasks": "sharding.shard_tasks"}[kind]
+            raise UserError(f"{flag}: {folder} holds {index['kind']}, not {kind}; name the output of `python -m {maker}`")
         if split not in index["splits"] or not index["splits"][split]["samples"]:
             raise UserError(f"{flag}: {folder} has no samples in split {split!r}; it has {_sizes(index)}")
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed import ops
 from deepspeed.accelerator import get_accelerator
 
 from toolkit.errors import UserError
@@ -37,9 +38,7 @@ def start() -> Ranks:
     accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         # this op serves inference alone; building it takes 40 s, and a killed build makes later runs hang on its lock
-        import deepspeed.ops
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))

@@ -57,6 +57,10 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
         if state.get("identity", identity).get(name) != value:
             was = state["identity"].get(name)
             raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; give the same arguments or a new folder")
+    if state["step"] == last and (folder / RESULTS).is_file():
+        if ranks.main:
+            print(f"{folder} is complete already: {last} steps")
+        return json.loads((folder / RESULTS).read_text())
     if ranks.main:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "arguments.json", json.dumps(as_record(args), indent=2))

@@ -1,0 +1,126 @@
+"""Answer every task of a split and judge the answers, beside a baseline that never sees the ECG.
+
+deepspeed launchers/evaluate.py --model runs/demo/instruct --shards runs/demo/tasks --split test --output_dir runs/demo/evaluate
+
+Writes metrics.json, predictions.jsonl (one line a task) and report.html. The split is spread over the ranks; every task is answered once.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from sharding.manifest import read_manifest
+from toolkit.errors import UserError
+from toolkit.evaluation import blind, metrics
+from toolkit.evaluation.cards import card, tokenizer_of
+from toolkit.evaluation.generate import answer_tasks
+from toolkit.evaluation.html_report import write_report
+from toolkit.files import write_text
+from toolkit.lm.trained import load_trained
+from toolkit.lm.vocabulary import ecg_vocabulary
+from toolkit.shards.reader import Shards
+from toolkit.tasks.prompts import reference_text
+from toolkit.training.arguments import LaunchArguments, arg, parse
+from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start
+
+CARDS = 12  # ECGs drawn in the report
+KEPT = ("id", "task", "question_type", "attribute_type", "template_id", "question")
+
+
+@dataclass(kw_only=True)
+class EvaluateArguments(LaunchArguments):
+    model: str = arg("Folder written by launchers/instruct.py (an adapter) or launchers/pretrain.py (a model).")
+    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`.")
+    split: Literal["train", "valid", "test"] = arg("Split to judge. The blind baseline is always fitted on train.", "test")
+    per_device_eval_batch_size: int = arg("ECGs (with all their questions) per rank and batch.", 8)
+    max_new_tokens: int = arg("Longest answer or report.", 128)
+    precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
+
+
+def main() -> None:
+    args = parse(EvaluateArguments, __doc__)
+    started, folder = time.time(), Path(args.output_dir)
+    shards, train = (Shards.open(args.shards, split, kind="tasks") for split in (args.split, "train"))
+    dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()) else torch.float32
+    model, tokenizer = load_trained(args.model, shards.index, dtype)
+    ranks = start()
+    baseline = blind.fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
+    rows = gather(predict(model.to(ranks.device), tokenizer, shards, baseline, args, ranks), ranks)
+    if ranks.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        scores = judge(rows)
+        info = {
+            "model": args.model, "shards": args.shards, "split": args.split, "ECGs": len(shards), "tasks": len(rows),
+            "ranks": ranks.world, "seconds": round(time.time() - started, 1),
+        }  # fmt: skip
+        write_text(folder / "metrics.json", json.dumps({**scores, "run": info}, indent=2))
+        write_report(folder / "report.html", scores, cards(shards, rows), info)
+        for kind, value in scores["exact_match"].items():
+            if value is not None:
+                print(f"{kind:>28}: exact match {100 * value:5.1f} %   blind {100 * scores['blind']['exact_match'][kind]:5.1f} %")
+        print(f"report: {(folder / 'report.html').resolve()}")
+
+
+def predict(model, tokenizer, shards: Shards, baseline: dict, args: EvaluateArguments, ranks: Ranks) -> list[dict]:
+    """This rank's rows of predictions.jsonl, each with the place of its sample."""
+    vocabulary, rows = ecg_vocabulary(tokenizer), []
+    # by number of ECGs, because prefixes of a batch must be of one length
+    mine = sorted(range(ranks.rank, len(shards), ranks.world), key=lambda i: (int(shards.rows[i]["n_ecgs"]), i))
+    bar = tqdm(total=len(mine), desc="evaluate", unit="ECG", disable=None if ranks.main else True)
+    while mine:
+        n_ecgs = shards.rows[mine[0]]["n_ecgs"]
+        batch = [i for i in mine[: args.per_device_eval_batch_size] if shards.rows[i]["n_ecgs"] == n_ecgs]
+        mine = mine[len(batch) :]
+        samples = [(shards.ids(i), shards.meta(i)["tasks"]) for i in batch]
+        for i, (_, tasks), answers in zip(batch, samples, answer_tasks(model, tokenizer, vocabulary, samples, args.max_new_tokens, ranks.device)):
+            for task, answer in zip(tasks, answers):
+                known = {name: task[name] for name in KEPT if name in task}
+                rows.append({**known, "sample": i, "prediction": answer, "reference": reference_text(task), "blind": blind.predict(baseline, task)})
+        bar.update(len(batch))
+    bar.close()
+    return rows
+
+
+def gather(rows: list[dict], ranks: Ranks) -> list[dict]:
+    """All ranks' rows on rank 0, in the order of the shards, whatever the number of ranks; an empty list elsewhere."""
+    parts = [None] * ranks.world if ranks.main else None
+    dist.gather_object(rows, parts)
+    return sorted((row for part in parts for row in part), key=lambda row: row["sample"]) if ranks.main else []
+
+
+def judge(rows: list[dict]) -> dict:
+    """metrics.json: exact match and report scores, of the model and of the blind baseline."""
+    blind_rows = [{**row, "prediction": row["blind"]} for row in rows]
+    return {
+        "exact_match": metrics.exact_match(rows),
+        "report": metrics.report_scores(rows),
+        "blind": {"exact_match": metrics.exact_match(blind_rows), "report": metrics.report_scores(blind_rows)},
+        "counts": metrics.question_counts(rows),
+        "conventions": {"exact_match": metrics.EXACT_MATCH_CONVENTION, "report": metrics.REPORT_CONVENTION},
+    }
+
+
+def cards(shards: Shards, rows: list[dict]) -> list[dict]:
+    """A dozen ECGs evenly spaced over the split, so that the choice flatters nobody."""
+    try:
+        manifest = read_manifest(shards.index["manifest"])
+        paths = dict(zip(manifest["record_id"], manifest["path"]))
+    except UserError:  # the shards were moved without their manifest: the report draws reconstructions alone
+        paths = {}
+    chosen = sorted({i * len(shards) // CARDS for i in range(CARDS)})
+    tokenizer = tokenizer_of(shards)
+    return [card(shards, i, [row for row in rows if row["sample"] == i], paths, tokenizer) for i in chosen]
+
+
+if __name__ == "__main__":
+    launcher(main)()

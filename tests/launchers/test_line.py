@@ -1,0 +1,209 @@
+"""What the whole line leaves, and what it says to a user's mistakes."""
+
+import collections
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sharding.shard
+import sharding.shard_tasks
+from sharding.manifest import SCHEMA, read_manifest
+from tests.launchers.conftest import ROOT, deepspeed, run
+from toolkit.errors import UserError
+from toolkit.evaluation.metrics import exact_match
+from toolkit.shards.reader import Shards
+
+pytestmark = pytest.mark.launch
+
+
+def read_lines(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "pretrain", "instruct"])
+def test_a_run_folder_holds_what_it_should(line, stage):
+    folder, steps = line / stage, {"tokenizer": 3, "pretrain": 4, "instruct": 3}[stage]
+    log = [entry for entry in read_lines(folder / "log.jsonl") if "loss" in entry]
+    assert [entry["step"] for entry in log] == list(range(1, steps + 1))
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(log[0])
+    assert log[-1]["loss"] < log[0]["loss"] + 0.5 and all(math.isfinite(entry["loss"]) for entry in log)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    logged = [(e.step, e.value) for e in events.Scalars("loss")]
+    assert [step for step, _ in logged] == list(range(1, steps + 1))
+    assert np.allclose([value for _, value in logged], [entry["loss"] for entry in log])
+    assert (stage == "tokenizer") or "samples/text_summary" in events.Tags()["tensors"]
+    config = json.loads((folder / "ds_config.json").read_text())
+    assert "auto" not in json.dumps(config) and config["train_batch_size"] == {"tokenizer": 4, "pretrain": 8, "instruct": 4}[stage]
+    assert json.loads((folder / "arguments.json").read_text())["output_dir"] == str(folder)
+    assert (folder / "latest").read_text() == f"checkpoint-{steps}"
+    assert json.loads((folder / "train_results.json").read_text())["steps"] == steps
+
+
+def test_pretrained_model_and_adapter_load_with_plain_libraries(line):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(line / "pretrain", dtype=torch.float32), AutoTokenizer.from_pretrained(line / "pretrain")
+    assert tokenizer.convert_tokens_to_ids("<|ecg_1295|>") - tokenizer.convert_tokens_to_ids("<|ecg_0000|>") == 1295
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied stays tied
+    weights = load_file(line / "instruct" / "adapter_model.safetensors")
+    moved = [name for name, w in weights.items() if "lora_B" in name and w.abs().max() > 0]
+    assert len(moved) == 4 * 7  # every LoRA of four layers learnt something
+    assert sum(w.numel() for w in weights.values()) < 3.2e6  # no copy of the backbone
+    ids = tokenizer("<|ecg_start|><|ecg_0003|>", return_tensors="pt").input_ids
+    before = model(input_ids=ids).logits
+    tuned = PeftModel.from_pretrained(model, line / "instruct")
+    assert not torch.allclose(tuned(input_ids=ids).logits, before)
+
+
+def test_every_task_is_answered_once_by_two_ranks(line):
+    rows = read_lines(line / "evaluate" / "predictions.jsonl")
+    shards = Shards.open(line / "tasks", "test")
+    expected = [task["id"] for i in range(len(shards)) for task in shards.meta(i)["tasks"]]
+    assert [row["id"] for row in rows] == expected
+    assert {"id", "task", "question_type", "prediction", "reference"} <= set(rows[0])
+    scores = json.loads((line / "evaluate" / "metrics.json").read_text())
+    assert scores["exact_match"] == exact_match(rows)
+    assert set(scores["blind"]["exact_match"]) >= {"overall", "single-verify", "single-choose", "single-query"}
+    assert all(0 <= scores["report"][name] <= 1 for name in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"))
+    page = (line / "evaluate" / "report.html").read_text()
+    assert page.count("data:image/png") == min(12, len(shards)) and "not for diagnosis" in page
+
+
+def test_tasks_follow_their_ecg_and_no_patient_is_in_two_splits(line):
+    patients = collections.defaultdict(set)
+    for split in ("train", "valid", "test"):
+        shards = Shards.open(line / "tasks", split)
+        for i in range(len(shards)):
+            meta = shards.meta(i)
+            assert meta["split"] == split and {task["task"] for task in meta["tasks"]} == {"ecgqa", "report"}
+            for patient in meta["patients"]:
+                patients[patient].add(split)
+    assert len(patients) > 40 and all(len(splits) == 1 for splits in patients.values())
+
+
+def test_a_finished_run_started_again_changes_nothing(line):
+    before = (line / "pretrain" / "model.safetensors").stat().st_mtime_ns, (line / "pretrain" / "log.jsonl").read_text()
+    command = ["launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "tiny", "--shards", line / "shards", "--output_dir",
+               line / "pretrain", "--max_steps", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--logging_steps", 1]  # fmt: skip
+    done = deepspeed(*command)
+    assert done.returncode == 0 and "complete" in done.stdout, done.stdout[-3000:]
+    assert ((line / "pretrain" / "model.safetensors").stat().st_mtime_ns, (line / "pretrain" / "log.jsonl").read_text()) == before
+
+
+def test_killed_and_restarted_is_bit_identical(line, tmp_path):
+    """SIGKILL after a checkpoint; the same command goes on and ends with the same losses and weights as a run that was never touched."""
+
+    def command(out):
+        return [sys.executable, "launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "tiny", "--shards", str(line / "shards"),
+                "--output_dir", str(out), "--max_steps", "6", "--save_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1"]  # fmt: skip
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run(*command(whole)).returncode == 0
+    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (killed / "latest").is_file() and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "model.safetensors").exists()
+    with open(killed / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')  # the half line of a crash
+    done = run(*command(killed))
+    assert done.returncode == 0, done.stdout[-3000:]
+    losses = [[(e["step"], e["loss"]) for e in read_lines(folder / "log.jsonl") if "loss" in e] for folder in (whole, killed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    one, two = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_mistakes_are_one_line_and_exit_2(line, tmp_path):
+    done = deepspeed("launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "./no/such/model", "--shards", line / "shards",
+                     "--output_dir", tmp_path / "x")  # fmt: skip
+    assert done.returncode == 2, done.stdout[-3000:]
+    errors = [text for text in done.stdout.splitlines() if text.startswith("error:")]
+    assert len(errors) == 1 and "--backbone: './no/such/model'" in errors[0] and "Traceback" not in done.stdout
+    assert not (tmp_path / "x").exists()
+
+
+LAUNCHER_MISTAKES = {
+    "pretrain": [("--shards", "nowhere", "--shards: nowhere has no index.json"), ("--deepspeed", "nowhere.json", "--deepspeed: nowhere.json cannot be read")],
+    "instruct": [("--backbone", "nowhere", "--backbone: nowhere has no heartspeed.json"), ("--shards", "shards", "holds tokens, not tasks")],
+    "evaluate": [("--model", "nowhere", "--model: nowhere holds neither"), ("--shards", "shards", "holds tokens, not tasks")],
+    "train_tokenizer": [("--manifest", "nowhere", "--manifest nowhere has no"), ("--precision", "bf16", "trains in fp32")],
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "flag", "value", "message"), [(name, *case) for name, cases in LAUNCHER_MISTAKES.items() for case in cases]
+)
+def test_launchers_name_the_argument(line, tmp_path, monkeypatch, launcher, flag, value, message):
+    module = __import__(f"launchers.{launcher}", fromlist=["main"])
+    good = {"--deepspeed": "ds_configs/zero2.json", "--output_dir": tmp_path / "out"}
+    good |= {"pretrain": {"--backbone": "tiny", "--shards": line / "shards"}, "instruct": {"--backbone": line / "pretrain", "--shards": line / "tasks"},
+             "evaluate": {"--model": line / "instruct", "--shards": line / "tasks"}, "train_tokenizer": {"--manifest": line / "manifest"}}[launcher]  # fmt: skip
+    if launcher == "evaluate":
+        del good["--deepspeed"]
+    good[flag] = line / value if value == "shards" else value
+    monkeypatch.setattr(sys, "argv", [launcher, *(str(word) for pair in good.items() for word in pair)])
+    with pytest.raises(UserError, match=message):
+        module.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_sharding_names_the_argument_and_leaves_nothing(line, tmp_path):
+    def shard(**changes):
+        good = {"--manifest": line / "manifest", "--tokenizer": line / "tokenizer", "--out": tmp_path / "s", **changes}
+        sharding.shard.main([str(word) for pair in good.items() for word in pair])
+
+    with pytest.raises(UserError, match="--manifest"):
+        shard(**{"--manifest": tmp_path})
+    with pytest.raises(UserError, match="--tokenizer: .* has no config.json"):
+        shard(**{"--tokenizer": tmp_path})
+    with pytest.raises(UserError, match="--out .*: these shards were made with another shard_size"):
+        shard(**{"--out": line / "shards", "--shard_size": 7})
+    assert not list(tmp_path.iterdir())
+
+    def tasks(*words):
+        sharding.shard_tasks.main(list(map(str, words)))
+
+    with pytest.raises(UserError, match="--qa: no .json files"):
+        tasks("ecgqa", "--qa", tmp_path, "--shards", line / "shards", "--out", tmp_path / "t")
+    with pytest.raises(UserError, match="--qa: goes with"):
+        tasks("ecgqa", "--shards", line / "shards", "--out", tmp_path / "t")
+    with pytest.raises(UserError, match="holds tasks, not tokens"):
+        tasks("reports", "--shards", line / "tasks", "--out", tmp_path / "t")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_spoilt_after_prepare_is_quarantined_by_shard(line, tmp_path):
+    """One NaN must never reach the encoder, also when the file changed after it was checked."""
+    manifest, records = tmp_path / "manifest", tmp_path / "records"
+    shutil.copytree(line / "manifest", manifest)
+    frame = read_manifest(manifest).head(3)
+    records.mkdir()
+    rows = []
+    for row in frame.to_dict("records"):
+        for suffix in (".hea", ".dat"):
+            shutil.copy(row["path"] + suffix, records)
+        rows.append({**row, "path": str(records / row["path"].rsplit("/", 1)[-1])})
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), manifest / "manifest.parquet")
+    spoilt = records / (rows[1]["path"].rsplit("/", 1)[-1] + ".dat")
+    spoilt.write_bytes(spoilt.read_bytes()[:1000])
+    sharding.shard.main(["--manifest", str(manifest), "--tokenizer", str(line / "tokenizer"), "--out", str(tmp_path / "s"), "--workers", "1"])
+    quarantined = read_lines(tmp_path / "s" / "quarantine.jsonl")
+    assert [entry["key"] for entry in quarantined] == [rows[1]["key"]] and quarantined[0]["reason"] == "unreadable"
+    index = json.loads((tmp_path / "s" / "index.json").read_text())
+    assert (index["encoded"], index["quarantined"]) == (2, 1)

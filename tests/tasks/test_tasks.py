@@ -1,0 +1,100 @@
+"""Prompts: only answers are targets, answers are canonical, patients never appear."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.errors import UserError
+from toolkit.shards.order import sample_at
+from toolkit.shards.reader import Shards
+from toolkit.shards.writer import write_index, write_split
+from toolkit.tasks.answers import join_answers, split_answers
+from toolkit.tasks.data import ForecastData, TaskData
+from toolkit.tasks.ecgqa import read_ecgqa
+from toolkit.tasks.prompts import branch, question_text, reference_text, task_group
+
+VERIFY = {"task": "ecgqa", "question": "Does this ECG show symptoms of atrial fibrillation?", "answer": ["yes"]}
+QUERY = {"task": "ecgqa", "question": "What symptoms does this ECG show?", "answer": ["sinus rhythm", "normal ecg"]}
+REPORT = {"task": "report", "report": "sinus rhythm. normal ecg."}
+CODES = np.arange(313, dtype=np.uint16)[None]
+
+
+@pytest.mark.parametrize("task", [VERIFY, QUERY, REPORT])
+def test_targets_are_the_answer_and_the_end_token_alone(tiny, task):
+    _, tokenizer, vocabulary = tiny
+    sequence = branch(tokenizer, task)
+    assert tokenizer.decode(sequence.ids[sequence.target]) == f" {reference_text(task)}<|end_of_text|>"
+    assert tokenizer.decode(sequence.ids[~sequence.target]) == f"\n{question_text(task)}"
+    group = task_group(tokenizer, vocabulary, CODES, [task])
+    assert not group.prefix.target.any()
+    assert group.prefix.ids[0] == tokenizer.bos_token_id and group.prefix.ids[2:-1].tolist() == list(range(vocabulary.first, vocabulary.first + 313))
+
+
+@given(st.permutations(["c, d", "a", "b"]))
+def test_answers_are_sets_in_one_order(answers):
+    assert join_answers(answers) == "a; b; c, d"
+    assert split_answers(join_answers(answers)) == {"a", "b", "c, d"}
+
+
+@pytest.mark.parametrize(("text", "answers"), [("", set()), (" Yes ;no;", {"yes", "no"}), ("; ;", set()), ("a;a", {"a"})])
+def test_split_answers(text, answers):
+    assert split_answers(text) == answers
+
+
+@pytest.fixture
+def shards(tmp_path):
+    tasks = [{**VERIFY, "id": str(k), "question": f"Question {k}?"} for k in range(5)]
+    samples = [(f"k{i}", CODES, {"tasks": tasks[: i + 1], "patients": ["secret"]}) for i in range(5)]
+    write_index(tmp_path, {"train": write_split(tmp_path, "train", samples, 3)}, kind="tasks")
+    return Shards.open(tmp_path, "train")
+
+
+def test_task_data_draws_the_same_tasks_for_the_same_place(tiny, shards):
+    _, tokenizer, vocabulary = tiny
+    one, two = (TaskData(shards, tokenizer, vocabulary, 3, seed=0) for _ in range(2))
+    for position in (0, 3, 7, 12):
+        sample = [sample_at(0, len(one), position)]
+        assert (one.batch(sample).inputs.input_ids == two.batch(sample).inputs.input_ids).all()
+    text = [tokenizer.decode(one.batch([(epoch, 4)]).inputs.input_ids[316:]) for epoch in range(4)]
+    assert len(set(text)) > 1 and all(t.count("Question:") == 3 for t in text)  # three of five, another choice each epoch
+    assert not any("secret" in t for t in text)
+
+
+def test_counts_of_a_micro_batch(tiny, shards):
+    _, tokenizer, vocabulary = tiny
+    batch = ForecastData(shards, tokenizer, vocabulary).batch([(0, 0), (0, 1)])
+    assert (batch.ecgs, batch.targets, batch.tokens) == (2, 2 * 313, 2 * 316)
+
+
+def rows(**changes):
+    kind = {"template_id": 1, "question_type": "single-verify", "attribute_type": "scp_code"}
+    return [{**kind, "sample_id": 7, "question": "?", "answer": ["b", "a"], "ecg_id": [12], **changes}]
+
+
+def test_ecgqa_rows_become_tasks(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "00000.json").write_text(json.dumps(rows() + rows(sample_id=8, ecg_id=[3, 4], attribute=None)))
+    first, second = read_ecgqa(tmp_path)
+    assert (first["id"], first["answer"], first["ecg_ids"]) == ("train-7", ["a", "b"], ("12",))
+    assert second["ecg_ids"] == ("3", "4") and second["attribute"] is None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no .json files"),
+        ("{", "no list of ECG-QA rows"),
+        ('{"a": 1}', "no list|no 'template_id'"),
+        (json.dumps([{"question": "?"}]), "no 'template_id'"),
+        (json.dumps(rows() + rows()), "appears twice"),
+        (json.dumps(rows(answer=None)), "no list of ECG-QA rows"),
+    ],
+)
+def test_damaged_question_files_are_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "00000.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_ecgqa(tmp_path)

@@ -1,0 +1,40 @@
+"""The ECGs shown in the report: the recording if its file is at hand, with what the tokenizer kept of it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from toolkit.ecg.plot import draw_ecg
+from toolkit.ecg.quality import check
+from toolkit.ecg.records import RecordError, read_record
+from toolkit.evaluation.metrics import is_correct
+from toolkit.shards.reader import Shards
+from toolkit.tokenizer.tokenizer import ECGTokenizer
+
+
+def card(shards: Shards, i: int, rows: list[dict], paths: dict[str, str], tokenizer: ECGTokenizer) -> dict:
+    """One ECG of the report, in the form that `write_report` takes.
+
+    rows: the predictions for sample i; paths: record id -> path of the recordings that are at hand.
+    """
+    meta = shards.meta(i)
+    record = meta["record_ids"][0]
+    reconstruction = tokenizer.decode(shards.ids(i)[0])  # z-scores of each lead
+    picture = io.BytesIO()
+    try:
+        ecg = check(read_record(paths[record]))[0]
+        mean, std = ecg.mean(-1, keepdims=True), ecg.std(-1, keepdims=True)
+        draw_ecg(ecg, picture, reconstruction=reconstruction * std + mean)
+        title = f"ECG {record}"
+    except (KeyError, RecordError):
+        draw_ecg(reconstruction.astype(np.float32), picture, unit="SD")
+        title = f"ECG {record}, reconstruction alone: the recording is not at hand"
+    questions = [{**row, "correct": is_correct(row)} for row in rows if row["task"] == "ecgqa"]
+    report = next(({name: row[name] for name in ("reference", "prediction")} for row in rows if row["task"] == "report"), None)
+    return {"key": record, "title": title, "png": picture.getvalue(), "questions": questions, "report": report}
+
+
+def tokenizer_of(shards: Shards) -> ECGTokenizer:
+    """The ECG tokenizer that travels with the shards."""
+    return ECGTokenizer.from_pretrained(Path(shards.folder) / "tokenizer", "--shards")
