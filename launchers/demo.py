@@ -20,8 +20,8 @@ RANKS = 2
 NAMES = ("data", "manifest", "tokenizer", "shards", "tasks", "pretrain", "instruct", "evaluate")
 # sized for ten minutes on two cores; everything not said here is the launchers' default
 TOKENIZER = ["--max_steps", 120, "--per_device_train_batch_size", 8, "--max_eval_samples", 64]
-PRETRAIN = ["--max_steps", 150]
-INSTRUCT = ["--max_steps", 500]
+PRETRAIN = ["--max_steps", 130, "--per_device_train_batch_size", 4, "--max_eval_samples", 64]
+INSTRUCT = ["--max_steps", 600, "--logging_steps", 50, "--max_eval_samples", 64]
 
 
 def stages(out: Path) -> list[tuple[str, list, bool]]:

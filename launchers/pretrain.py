@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,6 +38,7 @@ SHOWN, CONTINUED = 100, 24  # tokens given and predicted in the sample shown in 
 class PretrainArguments(TrainingArguments):
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
     shards: str = arg("Token shards written by `python -m sharding.shard`.")
+    report_targets: Literal["auto", "yes", "no"] = arg("Predict each ECG's report after it as well. auto: if the backbone never saw text (tiny).", "auto")
     learning_rate: float | None = arg("Peak learning rate. Default 0.5 / hidden size: 2e-3 for tiny, 9e-4 for smollm2, 1.6e-4 for Llama-3.2-3B.", None)
 
 
@@ -55,7 +57,9 @@ def main() -> None:
     model.set_attn_implementation(attention.NAME)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    data, valid = ForecastData(shards, tokenizer, vocabulary), ForecastData(valid_shards, tokenizer, vocabulary)
+    knows_text = args.backbone != "tiny"
+    reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text)
+    data, valid = ForecastData(shards, tokenizer, vocabulary, reports), ForecastData(valid_shards, tokenizer, vocabulary)
     unigram = unigram_entropy(shards, valid_shards, vocabulary.codes)
 
     def loss(engine, row):
@@ -76,9 +80,9 @@ def main() -> None:
     def export(module, folder: Path) -> None:
         module.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        save_stamp(folder, shards.index, knows_text=args.backbone != "tiny")
+        save_stamp(folder, shards.index, knows_text)
 
-    identity = {"backbone": args.backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data)}
+    identity = {"backbone": args.backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data), "report targets": reports}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "pretrain")
 
 

@@ -23,7 +23,7 @@ from toolkit.shards.reader import read_index
 from toolkit.shards.writer import write_index, write_split
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
-CHUNK = 32  # ECGs that a worker reads and encodes at a time: 7.7 MB of samples, two encoder batches
+CHUNK = 32  # ECGs that a worker reads and encodes at a time: 7.7 MB of samples
 META = ("source", "record_id", "patient", "split", "report", "labels", "qc", "age", "sex")
 
 

@@ -13,7 +13,7 @@ import pytest
 import wfdb
 from scipy.signal import find_peaks
 
-from toolkit.ecg import synthetic
+from toolkit.ecg import synthetic, synthetic_text
 from toolkit.ecg.heart import AXIS_DEGREES, Heart, _beats, draw, simulate
 from toolkit.ecg.leads import LEADS
 from toolkit.errors import UserError
@@ -152,7 +152,7 @@ def test_extrasystoles_come_early_and_as_many_as_said():
 
 
 def test_drawn_conditions_are_frequent_and_exclude_each_other():
-    count = Counter(code for h in MANY for code in synthetic.scp_codes(h)) + Counter(h.axis for h in MANY if h.rhythm != "paced")
+    count = Counter(code for h in MANY for code in synthetic_text.scp_codes(h)) + Counter(h.axis for h in MANY if h.rhythm != "paced")
     codes = {line.split("|")[0] for line in synthetic.STATEMENTS.splitlines()}
     assert codes == set(count) - {"normal", "left", "right"}
     assert min(count.values()) >= 40, count
@@ -168,11 +168,11 @@ def test_drawn_conditions_are_frequent_and_exclude_each_other():
 
 def test_report_and_codes():
     h = heart(axis="left", conduction="lbbb", ectopy="ventricular", ectopics=1)
-    assert synthetic.report(h) == "sinus rhythm. left axis type. left bundle branch block. 1 ventricular extrasystole."
-    assert synthetic.scp_codes(h) == {"CLBBB": 100.0, "PVC": 0.0, "SR": 0.0}
-    assert synthetic.report(heart()) == "sinus rhythm. normal axis. normal ecg."
-    assert list(synthetic.scp_codes(heart())) == ["NORM", "SR"]
-    assert synthetic.report(heart(rhythm="paced")) == "pacemaker rhythm."
+    assert synthetic_text.report(h) == "sinus rhythm. left axis type. left bundle branch block. 1 ventricular extrasystole."
+    assert synthetic_text.scp_codes(h) == {"CLBBB": 100.0, "PVC": 0.0, "SR": 0.0}
+    assert synthetic_text.report(heart()) == "sinus rhythm. normal axis. normal ecg."
+    assert list(synthetic_text.scp_codes(heart())) == ["NORM", "SR"]
+    assert synthetic_text.report(heart(rhythm="paced")) == "pacemaker rhythm."
 
 
 def rows_of(records: int, seed: int = 0) -> dict[str, list[dict]]:
@@ -180,7 +180,7 @@ def rows_of(records: int, seed: int = 0) -> dict[str, list[dict]]:
     split = defaultdict(list)
     for ecg_id, person in enumerate(synthetic.patients(records, seed), 1):
         rng = np.random.default_rng([seed, ecg_id])
-        split[synthetic.SPLITS[person["strat_fold"]]] += synthetic.ask(draw(rng), ecg_id, rng)
+        split[synthetic.SPLITS[person["strat_fold"]]] += synthetic_text.ask(draw(rng), ecg_id, rng)
     return split
 
 
@@ -237,7 +237,7 @@ def test_wfdb_reads_the_signal_back(corpus, table, tmp_path):
     for ecg_id in (1, 2, 200):
         rng = np.random.default_rng([5, ecg_id])
         h = draw(rng)
-        synthetic.ask(h, ecg_id, rng)
+        synthetic_text.ask(h, ecg_id, rng)
         expected = simulate(h, rng)
         name = str(corpus / "ptbxl" / table[ecg_id - 1]["filename_hr"])
         signal, fields = wfdb.rdsamp(name)
@@ -270,8 +270,8 @@ def test_table_is_ptbxls(corpus, table):
 def test_every_answer_follows_from_the_labels(corpus, table):
     with open(corpus / "ecgqa" / "answers_for_each_template.csv") as file:
         classes = {int(row["template_id"]): ast.literal_eval(row["classes"]) for row in csv.DictReader(file)}
-    words = {row[0]: row[1] for part in (synthetic.RHYTHM, synthetic.CONDUCTION, synthetic.MORPHOLOGY, synthetic.ECTOPY, synthetic.AXIS)
-             for row in part.values()}  # fmt: skip
+    tables = (synthetic_text.RHYTHM, synthetic_text.CONDUCTION, synthetic_text.MORPHOLOGY, synthetic_text.ECTOPY, synthetic_text.AXIS)
+    words = {row[0]: row[1] for part in tables for row in part.values()}
     words |= {"NORM": "normal ecg", "VES": "ventricular extrasystoles", "SVES": "supraventricular extrasystoles"}
     meaning = {}
     for split in ("train", "valid", "test"):

@@ -94,13 +94,29 @@ def test_tasks_follow_their_ecg_and_no_patient_is_in_two_splits(line):
     assert len(patients) > 40 and all(len(splits) == 1 for splits in patients.values())
 
 
+def pretrain_again(line, out, ranks, accumulation, *more):
+    """The pretraining of `line` with the same global batch cut for another number of ranks."""
+    return deepspeed("launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "tiny", "--shards", line / "shards", "--output_dir", out,
+                     "--max_steps", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation, "--logging_steps", 1,
+                     "--precision", "fp32", *more, ranks=ranks)  # fmt: skip
+
+
 def test_a_finished_run_started_again_changes_nothing(line):
-    before = (line / "pretrain" / "model.safetensors").stat().st_mtime_ns, (line / "pretrain" / "log.jsonl").read_text()
-    command = ["launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "tiny", "--shards", line / "shards", "--output_dir",
-               line / "pretrain", "--max_steps", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--logging_steps", 1]  # fmt: skip
-    done = deepspeed(*command)
-    assert done.returncode == 0 and "complete" in done.stdout, done.stdout[-3000:]
-    assert ((line / "pretrain" / "model.safetensors").stat().st_mtime_ns, (line / "pretrain" / "log.jsonl").read_text()) == before
+    folder = line / "pretrain"
+    before = (folder / "model.safetensors").stat().st_mtime_ns, (folder / "log.jsonl").read_text()
+    done = pretrain_again(line, folder, 2, 2)
+    assert done.returncode == 0 and "complete already" in done.stdout, done.stdout[-3000:]
+    assert ((folder / "model.safetensors").stat().st_mtime_ns, (folder / "log.jsonl").read_text()) == before
+
+
+def test_the_loss_does_not_depend_on_how_ranks_cut_the_batch(line, tmp_path):
+    """Reports make the ranks' numbers of targets differ, so a mean of rank means would show here."""
+    done = pretrain_again(line, tmp_path / "one", 1, 4)
+    assert done.returncode == 0, done.stdout[-3000:]
+    one, two = ([e["loss"] for e in read_lines(folder / "log.jsonl") if "loss" in e] for folder in (tmp_path / "one", line / "pretrain"))
+    assert one == pytest.approx(two, abs=1e-5)
+    weights, others = (load_file(folder / "model.safetensors") for folder in (tmp_path / "one", line / "pretrain"))
+    assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)  # Adam divides by tiny second moments
 
 
 def test_killed_and_restarted_is_bit_identical(line, tmp_path):
@@ -152,8 +168,12 @@ LAUNCHER_MISTAKES = {
 def test_launchers_name_the_argument(line, tmp_path, monkeypatch, launcher, flag, value, message):
     module = __import__(f"launchers.{launcher}", fromlist=["main"])
     good = {"--deepspeed": "ds_configs/zero2.json", "--output_dir": tmp_path / "out"}
-    good |= {"pretrain": {"--backbone": "tiny", "--shards": line / "shards"}, "instruct": {"--backbone": line / "pretrain", "--shards": line / "tasks"},
-             "evaluate": {"--model": line / "instruct", "--shards": line / "tasks"}, "train_tokenizer": {"--manifest": line / "manifest"}}[launcher]  # fmt: skip
+    good |= {
+        "pretrain": {"--backbone": "tiny", "--shards": line / "shards"},
+        "instruct": {"--backbone": line / "pretrain", "--shards": line / "tasks"},
+        "evaluate": {"--model": line / "instruct", "--shards": line / "tasks"},
+        "train_tokenizer": {"--manifest": line / "manifest"},
+    }[launcher]
     if launcher == "evaluate":
         del good["--deepspeed"]
     good[flag] = line / value if value == "shards" else value

@@ -6,20 +6,25 @@ from toolkit.lm.vocabulary import ECGVocabulary
 from toolkit.shards.order import MicroBatch
 from toolkit.shards.packing import pack
 from toolkit.shards.reader import Shards
-from toolkit.tasks.prompts import forecast_group, task_group
+from toolkit.tasks.prompts import branch, forecast_group, task_group
 
 
 class ForecastData:
-    """Pretraining: every ECG token is a target. `inputs` is a `Packed` row."""
+    """Pretraining: every ECG token is a target, and with `reports` the report after it. `inputs` is a `Packed` row."""
 
-    def __init__(self, shards: Shards, tokenizer, vocabulary: ECGVocabulary):
-        self.shards, self.tokenizer, self.vocabulary = shards, tokenizer, vocabulary
+    def __init__(self, shards: Shards, tokenizer, vocabulary: ECGVocabulary, reports: bool = False):
+        self.shards, self.tokenizer, self.vocabulary, self.reports = shards, tokenizer, vocabulary, reports
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
-        return _micro_batch([forecast_group(self.tokenizer, self.vocabulary, self.shards.ids(i)) for _, i in samples])
+        groups = [forecast_group(self.tokenizer, self.vocabulary, self.shards.ids(i)) for _, i in samples]
+        if self.reports:
+            for group, (_, i) in zip(groups, samples):
+                if report := self.shards.meta(i)["report"]:
+                    group.branches.append(branch(self.tokenizer, {"task": "report", "report": report}))
+        return _micro_batch(groups)
 
 
 class TaskData:

@@ -47,7 +47,9 @@ class TokenizerConfig:
 class ECGTokenizer(nn.Module):
     """Encoder + FSQ + decoder. Ids are `sum_i digit_i * levels**i`, always computed in float32 (bf16 flips about 5 % of them)."""
 
-    ENCODE_BATCH = 16  # fixed, the last batch padded: an ECG's ids must not depend on how many others are encoded with it
+    # Fixed, the last batch padded: an ECG's ids must not depend on how many others are encoded with it. On a CPU one ECG at a time is
+    # twice as fast as 16 (112 against 58 ECG/s on one core): its 2 MB of activations stay in the cache.
+    ENCODE_BATCH = {"cpu": 1, "cuda": 64}
 
     tokens_per_ecg = -(-SAMPLES // math.prod(Encoder.DOWNSAMPLING))  # 313
 
@@ -81,10 +83,10 @@ class ECGTokenizer(nn.Module):
         if first.dtype != torch.float32:
             raise ValueError(f"tokenizer: weights are {first.dtype}; ids are defined in float32")
         powers = self.config.levels ** torch.arange(self.config.dims, device=first.device)
-        ids = []
-        for start in range(0, len(ecg), self.ENCODE_BATCH):
-            chunk = ecg[start : start + self.ENCODE_BATCH].astype(np.float32)
-            padded = np.zeros((self.ENCODE_BATCH, *chunk.shape[1:]), np.float32)
+        ids, batch = [], self.ENCODE_BATCH[first.device.type]
+        for start in range(0, len(ecg), batch):
+            chunk = ecg[start : start + batch].astype(np.float32)
+            padded = np.zeros((batch, *chunk.shape[1:]), np.float32)
             padded[: len(chunk)] = chunk
             z = torch.sigmoid(self.encoder(normalise(torch.from_numpy(padded).to(first.device))[0]))
             digits = torch.round(z * (self.config.levels - 1)).long()

@@ -58,7 +58,10 @@ def parse(cls, description: str, argv: list[str] | None = None):
     import argparse
 
     parser = HfArgumentParser(cls, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    return parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv)[0]
+    args, unknown = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def as_record(args) -> dict:
