@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 NAMES = ("data", "manifest", "tokenizer", "shards", "tasks", "pretrain", "instruct", "evaluate")
 # sized for ten minutes on two cores; everything not said here is the launchers' default
-TOKENIZER = ["--max_steps", 120, "--per_device_train_batch_size", 8, "--max_eval_samples", 64]
-PRETRAIN = ["--max_steps", 130, "--per_device_train_batch_size", 4, "--max_eval_samples", 64]
-INSTRUCT = ["--max_steps", 600, "--logging_steps", 50, "--max_eval_samples", 64]
+TOKENIZER = ["--max_steps", 100, "--per_device_train_batch_size", 8, "--max_eval_samples", 64]
+PRETRAIN = ["--max_steps", 150, "--per_device_train_batch_size", 4, "--max_eval_samples", 64]
+INSTRUCT = ["--max_steps", 340, "--per_device_train_batch_size", 3, "--logging_steps", 20, "--max_eval_samples", 64]
 
 
 def stages(out: Path) -> list[tuple[str, list, bool]]:
@@ -30,7 +30,7 @@ def stages(out: Path) -> list[tuple[str, list, bool]]:
     zero1, zero2 = (["--deepspeed", ROOT / "ds_configs" / name] for name in ("zero1.json", "zero2.json"))
     join = ["-m", "sharding.shard_tasks", "--shards", shards, "--out", tasks]
     return [
-        ("data", ["-m", "toolkit.ecg.synthetic", "--out", data, "--records", 2400, "--seed", 0, "--workers", RANKS], False),
+        ("data", ["-m", "toolkit.ecg.synthetic", "--out", data, "--records", 2000, "--seed", 0, "--workers", RANKS], False),
         ("manifest", ["-m", "sharding.prepare", "ptbxl", "--root", data / "ptbxl", "--out", manifest], False),
         ("tokenizer", ["launchers/train_tokenizer.py", *zero1, "--manifest", manifest, "--output_dir", tokenizer, *TOKENIZER], True),
         ("shards", ["-m", "sharding.shard", "--manifest", manifest, "--tokenizer", tokenizer, "--out", shards], False),

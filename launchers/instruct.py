@@ -34,9 +34,9 @@ class InstructArguments(TrainingArguments):
     backbone: str = arg("Folder written by launchers/pretrain.py.")
     shards: str = arg("Task shards written by `python -m sharding.shard_tasks`.")
     tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 8)
-    train_text_rows: Literal["auto", "yes", "no"] = arg("Train the embedding's text rows beside LoRA. auto: if the backbone never saw text (tiny).", "auto")
-    lora_r: int = arg("Rank of LoRA.", 64)
-    lora_alpha: int = arg("LoRA scale is alpha / rank.", 64)
+    train_rows: Literal["auto", "all", "none"] = arg("Train the embedding's rows beside LoRA. auto: all if the backbone never saw text (tiny).", "auto")
+    lora_r: int = arg("Rank of LoRA.", 16)
+    lora_alpha: int = arg("LoRA scale is alpha / rank.", 16)
     lora_dropout: float = arg("Dropout before LoRA.", 0.0)
     learning_rate: float | None = arg("Peak learning rate. Default 0.77 / hidden size: 3e-3 for tiny, 1.3e-3 for smollm2, 2.5e-4 for Llama-3.2-3B.", None)
     per_device_train_batch_size: int = arg("ECGs (with all their tasks) per rank and micro-batch.", 2)
@@ -54,7 +54,8 @@ def main() -> None:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(args.seed)
-    rows = range(vocabulary.start) if args.train_text_rows == "yes" or (args.train_text_rows == "auto" and not stamp["knows_text"]) else range(0)
+    every_row = args.train_rows == "all" or (args.train_rows == "auto" and not stamp["knows_text"])
+    rows = range(len(tokenizer)) if every_row else range(0)
     args.learning_rate = args.learning_rate or 0.77 / model.config.hidden_size
     model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, rows)
     data, valid = (TaskData(s, tokenizer, vocabulary, args.tasks_per_ecg, args.seed) for s in (shards, valid_shards))

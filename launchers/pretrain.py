@@ -39,7 +39,7 @@ class PretrainArguments(TrainingArguments):
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
     shards: str = arg("Token shards written by `python -m sharding.shard`.")
     report_targets: Literal["auto", "yes", "no"] = arg("Predict each ECG's report after it as well. auto: if the backbone never saw text (tiny).", "auto")
-    learning_rate: float | None = arg("Peak learning rate. Default 0.5 / hidden size: 2e-3 for tiny, 9e-4 for smollm2, 1.6e-4 for Llama-3.2-3B.", None)
+    learning_rate: float | None = arg("Peak learning rate. Default 0.25 / hidden size: 1e-3 for tiny, 4e-4 for smollm2, 8e-5 for Llama-3.2-3B.", None)
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
         yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
 
     model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
-    args.learning_rate = args.learning_rate or 0.5 / model.config.hidden_size
+    args.learning_rate = args.learning_rate or 0.25 / model.config.hidden_size
     vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed)
     model.set_attn_implementation(attention.NAME)
     if args.gradient_checkpointing:

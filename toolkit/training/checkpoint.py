@@ -44,16 +44,12 @@ def newest(folder: Path) -> dict | None:
         raise UserError(f"--output_dir: {pointer} points to {path.parent.name}, which is damaged; name an older one in it, or use a new folder") from None
 
 
-def load(engine, folder: Path, state: dict, world: int) -> None:
-    """Collective. Put model, optimizer and step back to what `state` says. Raises UserError for another number of ranks."""
-    if state["world"] != world:
-        raise UserError(
-            f"--output_dir: {folder} was trained by {state['world']} ranks, this run has {world}; start it with --num_gpus {state['world']} or in a new folder"
-        )
+def load(engine, folder: Path, state: dict) -> None:
+    """Collective. Put model and optimizer back to what `state` says; the ranks and the ZeRO stage must be those that saved it."""
     path = folder / f"checkpoint-{state['step']}"
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)
+    loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)  # frozen weights are not in it
     if loaded is None:
-        raise UserError(f"--output_dir: {path} does not load; delete it and name an older one in {folder}/latest")
+        raise UserError(f"--output_dir: {path} does not load; write the name of an older checkpoint into {folder / 'latest'}")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed import ops
 from deepspeed.accelerator import get_accelerator
 
@@ -46,7 +47,6 @@ def start() -> Ranks:
     else:
         accelerator.set_device(local)
         device = torch.device(accelerator.device_name(local))
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # torch 2.13, of DeepSpeed's calls
     if not dist.is_initialized():
         deepspeed.init_distributed("gloo" if device.type == "cpu" else None, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -72,6 +72,10 @@ def launcher(main):
 
     @functools.wraps(main)
     def wrapped():
+        # what the libraries say of each other's calls, and a bar per loaded file, are not for a user
+        warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # torch 2.13 of DeepSpeed 0.19
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
+        transformers.utils.logging.disable_progress_bar()
         try:
             main()
         except UserError as error:

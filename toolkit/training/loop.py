@@ -50,13 +50,16 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16)
     global_batch = config["train_batch_size"]
     last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(job.data) / global_batch)
-    identity = {**job.identity, "seed": args.seed, "global_batch": global_batch, "steps": last, "learning_rate": args.learning_rate, "bf16": bf16}
+    identity = {
+        **job.identity, "seed": args.seed, "global batch": global_batch, "steps": last, "learning rate": args.learning_rate, "bf16": bf16,
+        "ranks": ranks.world, "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0),
+    }  # fmt: skip
 
     state = checkpoint.newest(folder) or {"step": 0, "samples": 0, "seconds": 0.0}
     for name, value in identity.items():
         if state.get("identity", identity).get(name) != value:
             was = state["identity"].get(name)
-            raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; give the same arguments or a new folder")
+            raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; resume it with the same, or name a new folder")
     if state["step"] == last and (folder / RESULTS).is_file():
         if ranks.main:
             print(f"{folder} is complete already: {last} steps")
@@ -69,7 +72,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     engine = build_engine(job.model, args, config)
     first = state["step"]
     if first:
-        checkpoint.load(engine, folder, state, ranks.world)
+        checkpoint.load(engine, folder, state)
     log = RunLog(folder, first, last, description) if ranks.main else None
 
     batches = _prefetch(_steps(job.data, args, ranks, state["samples"], last - first))
@@ -90,7 +93,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             raise RuntimeError(f"the loss of step {step + 1} is {loss_value}; the last checkpoint is intact: lower --learning_rate and run again")
         interval.add(loss_value, tokens, ecgs)
         done = step + 1
-        state = {"step": done, "samples": state["samples"] + global_batch, "world": ranks.world, "identity": identity}
+        state = {"step": done, "samples": state["samples"] + global_batch, "identity": identity}
         if log:
             log.bar.update()
         if done % args.logging_steps == 0 or done == last:
