@@ -27,7 +27,7 @@ INSTRUCT = ["--max_steps", 340, "--per_device_train_batch_size", 3, "--logging_s
 def stages(out: Path) -> list[tuple[str, list, bool]]:
     """(name, command, through DeepSpeed) in the order they run; each writes out/<name> and leaves a complete one as it is."""
     data, manifest, tokenizer, shards, tasks, pretrain, instruct, evaluate = (out / name for name in NAMES)
-    zero1, zero2 = (["--deepspeed", ROOT / "ds_configs" / name] for name in ("zero1.json", "zero2.json"))
+    zero1, zero2 = (["--deepspeed", f"ds_configs/{name}"] for name in ("zero1.json", "zero2.json"))
     join = ["-m", "sharding.shard_tasks", "--shards", shards, "--out", tasks]
     return [
         ("data", ["-m", "toolkit.ecg.synthetic", "--out", data, "--records", 2000, "--seed", 0, "--workers", RANKS], False),
@@ -53,7 +53,7 @@ def run(name: str, command: list, distributed: bool) -> dict:
     print(f"\n=== {name}: {shlex.join(words)}", flush=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     started, peak = time.time(), 0.0
-    process = subprocess.Popen(words, cwd=ROOT, env=environment)
+    process = subprocess.Popen(words, env=environment)
     while process.poll() is None:
         peak = max(peak, _memory(process.pid))
         time.sleep(0.5)
@@ -112,13 +112,15 @@ def table(out: Path, measured: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder for all stages; run again, it goes on where it stopped")
-    out = parser.parse_args().out.resolve()
+    out = Path(os.path.relpath(parser.parse_args().out, ROOT))  # the stages run in the project's root
+    os.chdir(ROOT)
     costs = {}  # stage -> cost, two commands of one stage added up
     for name, command, distributed in stages(out):
         cost = run(name, command, distributed)
         before = costs.get(name, {"seconds": 0.0, "peak_mb": 0.0})
         costs[name] = {"stage": name, "seconds": before["seconds"] + cost["seconds"], "peak_mb": max(before["peak_mb"], cost["peak_mb"])}
-    print(f"\nSynthetic ECGs; research software, not for diagnosis.\n\n{table(out, list(costs.values()))}\n\nreport: {out / 'evaluate' / 'report.html'}")
+    print(f"\nSynthetic ECGs; research software, not for diagnosis.\n\n{table(out, list(costs.values()))}")
+    print(f"\nreport: {(out / 'evaluate' / 'report.html').resolve()}")
 
 
 if __name__ == "__main__":

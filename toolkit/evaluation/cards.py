@@ -32,7 +32,7 @@ def card(shards: Shards, i: int, rows: list[dict], paths: dict[str, str], tokeni
         title = f"ECG {record}, reconstruction alone: the recording is not at hand"
     questions = [{**row, "correct": is_correct(row)} for row in rows if row["task"] == "ecgqa"]
     report = next(({name: row[name] for name in ("reference", "prediction")} for row in rows if row["task"] == "report"), None)
-    return {"key": record, "title": title, "png": picture.getvalue(), "questions": questions, "report": report}
+    return {"key": f"{meta['source']}, sample {i} of the split", "title": title, "png": picture.getvalue(), "questions": questions, "report": report}
 
 
 def tokenizer_of(shards: Shards) -> ECGTokenizer:
