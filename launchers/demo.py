@@ -105,7 +105,7 @@ def table(out: Path, measured: list[dict]) -> str:
     lines.append(f"{'metric':<28}{'model':>8}{'blind':>8}")
     pairs = [(f"exact match, {k}", metrics["exact_match"][k], metrics["blind"]["exact_match"][k]) for k in metrics["exact_match"]]
     pairs += [(k, metrics["report"][k], metrics["blind"]["report"][k]) for k in ("bleu_1", "bleu_4", "rouge_l")]
-    lines += [f"{name:<28}{100 * model:>7.1f} {100 * blind:>7.1f}" for name, model, blind in pairs]
+    lines += [f"{name:<28}{100 * model:>7.1f} {100 * blind:>7.1f}" for name, model, blind in pairs if None not in (model, blind)]
     return "\n".join(lines)
 
 

@@ -24,12 +24,13 @@ from toolkit.evaluation import blind, metrics
 from toolkit.evaluation.cards import card, tokenizer_of
 from toolkit.evaluation.generate import answer_tasks
 from toolkit.evaluation.html_report import write_report
-from toolkit.files import write_text
+from toolkit.files import run_folder, write_text
 from toolkit.lm.trained import load_trained
 from toolkit.lm.vocabulary import ecg_vocabulary
 from toolkit.shards.reader import Shards
 from toolkit.tasks.prompts import reference_text
-from toolkit.training.arguments import LaunchArguments, arg, parse
+from toolkit.tokenizer.tokenizer import ECGTokenizer
+from toolkit.training.arguments import LaunchArguments, arg, as_record, parse
 from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start
 
 CARDS = 12  # ECGs drawn in the report
@@ -48,23 +49,28 @@ class EvaluateArguments(LaunchArguments):
 
 def main() -> None:
     args = parse(EvaluateArguments, __doc__)
-    started, folder = time.time(), Path(args.output_dir)
+    started = time.time()
     shards, train = (Shards.open(args.shards, split, kind="tasks") for split in (args.split, "train"))
     dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()) else torch.float32
     model, tokenizer = load_trained(args.model, shards.index, dtype)
-    ranks = start()
+    ecg_tokenizer = tokenizer_of(shards)
+    ranks, folder = start(), run_folder(args.output_dir)  # before the hours of generation, not after
+    made = {**as_record(args), "shards digest": shards.digest}
+    if (folder / "metrics.json").is_file() and json.loads((folder / "metrics.json").read_text())["made"] == made:
+        if ranks.main:
+            print(f"{folder} is complete already")
+        return
     baseline = blind.fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
     rows = gather(predict(model.to(ranks.device), tokenizer, shards, baseline, args, ranks), ranks)
     if ranks.main:
-        folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         scores = judge(rows)
         info = {
             "model": args.model, "shards": args.shards, "split": args.split, "ECGs": len(shards), "tasks": len(rows),
             "ranks": ranks.world, "seconds": round(time.time() - started, 1),
         }  # fmt: skip
-        write_text(folder / "metrics.json", json.dumps({**scores, "run": info}, indent=2))
-        write_report(folder / "report.html", scores, cards(shards, rows), info)
+        write_report(folder / "report.html", scores, cards(shards, rows, ecg_tokenizer), info)
+        write_text(folder / "metrics.json", json.dumps({**scores, "run": info, "made": made}, indent=2))  # last: it says that all is there
         for kind, value in scores["exact_match"].items():
             if value is not None:
                 print(f"{kind:>28}: exact match {100 * value:5.1f} %   blind {100 * scores['blind']['exact_match'][kind]:5.1f} %")
@@ -110,7 +116,7 @@ def judge(rows: list[dict]) -> dict:
     }
 
 
-def cards(shards: Shards, rows: list[dict]) -> list[dict]:
+def cards(shards: Shards, rows: list[dict], tokenizer: ECGTokenizer) -> list[dict]:
     """A dozen ECGs evenly spaced over the split, so that the choice flatters nobody."""
     try:
         manifest = read_manifest(shards.index["manifest"])
@@ -118,7 +124,6 @@ def cards(shards: Shards, rows: list[dict]) -> list[dict]:
     except UserError:  # the shards were moved without their manifest: the report draws reconstructions alone
         paths = {}
     chosen = sorted({i * len(shards) // CARDS for i in range(CARDS)})
-    tokenizer = tokenizer_of(shards)
     return [card(shards, i, [row for row in rows if row["sample"] == i], paths, tokenizer) for i in chosen]
 
 

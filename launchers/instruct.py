@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from toolkit.errors import UserError
 from toolkit.evaluation.generate import answer_tasks
+from toolkit.files import digest
 from toolkit.lm import attention
 from toolkit.lm.backbone import check_stamp, load_backbone, save_stamp
 from toolkit.lm.lora import add_lora, save_adapter
@@ -25,7 +27,7 @@ from toolkit.tasks.data import TaskData
 from toolkit.tasks.prompts import question_text, reference_text
 from toolkit.training.arguments import TrainingArguments, arg, parse
 from toolkit.training.distributed import launcher, start
-from toolkit.training.loop import Job, train
+from toolkit.training.loop import RESULTS, Job, train
 from toolkit.training.validation import mean_loss
 
 
@@ -46,17 +48,20 @@ def main() -> None:
     args = parse(InstructArguments, __doc__)
     shards, valid_shards = (Shards.open(args.shards, split, kind="tasks") for split in ("train", "valid"))
     stamp = check_stamp(args.backbone, shards.index, "--backbone")
+    if not (Path(args.backbone) / RESULTS).is_file():
+        raise UserError(f"--backbone: the training of {args.backbone} is not complete; run its launchers/pretrain.py command again")
     ranks = start()
     backbone = str(Path(args.backbone).resolve())  # the adapter's configuration remembers it
     model, tokenizer = load_backbone(backbone, tuple, args.seed)
     vocabulary = ecg_vocabulary(tokenizer)
-    model.set_attn_implementation(attention.NAME)
+    attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(args.seed)
     every_row = args.train_rows == "all" or (args.train_rows == "auto" and not stamp["knows_text"])
     rows = range(len(tokenizer)) if every_row else range(0)
-    args.learning_rate = args.learning_rate or 0.77 / model.config.hidden_size
+    if args.learning_rate is None:
+        args.learning_rate = 0.77 / model.config.hidden_size
     model = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, rows)
     data, valid = (TaskData(s, tokenizer, vocabulary, args.tasks_per_ecg, args.seed) for s in (shards, valid_shards))
 
@@ -78,7 +83,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         save_stamp(folder, shards.index, knows_text=True)
 
-    identity = {"backbone": backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data), "lora_r": args.lora_r}
+    identity = {"shards digest": shards.digest, "backbone digest": digest(Path(backbone) / RESULTS)}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "instruct")
 
 

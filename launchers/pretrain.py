@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from toolkit.lm import attention
-from toolkit.lm.backbone import load_backbone, save_stamp
+from toolkit.lm.backbone import STAMP, check_stamp, load_backbone, save_stamp
 from toolkit.lm.model import packed_loss
 from toolkit.lm.vocabulary import extend
 from toolkit.shards.reader import Shards
@@ -27,7 +27,7 @@ from toolkit.tasks.prompts import prefix_ids
 from toolkit.training.arguments import TrainingArguments, arg, parse
 from toolkit.training.distributed import launcher, start
 from toolkit.training.loop import Job, train
-from toolkit.training.validation import mean_loss
+from toolkit.training.validation import fixed_subset, mean_loss
 
 WORDS = Path(__file__).resolve().parents[1] / "toolkit" / "lm" / "clinical_words.txt"
 CORPUS = 50_000  # ECGs whose reports train the BPE of `tiny`
@@ -45,6 +45,8 @@ class PretrainArguments(TrainingArguments):
 def main() -> None:
     args = parse(PretrainArguments, __doc__)
     shards, valid_shards = (Shards.open(args.shards, split, kind="tokens") for split in ("train", "valid"))
+    # going on from a model that knows ECG tokens already: they must be these
+    stamp = check_stamp(args.backbone, shards.index, "--backbone") if (Path(args.backbone) / STAMP).is_file() else None
     ranks = start()
 
     def corpus():
@@ -52,15 +54,16 @@ def main() -> None:
         yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
 
     model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
-    args.learning_rate = args.learning_rate or 0.25 / model.config.hidden_size
+    if args.learning_rate is None:
+        args.learning_rate = 0.25 / model.config.hidden_size
     vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed)
-    model.set_attn_implementation(attention.NAME)
+    attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    knows_text = args.backbone != "tiny"
+    knows_text = stamp["knows_text"] if stamp else args.backbone != "tiny"
     reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text)
     data, valid = ForecastData(shards, tokenizer, vocabulary, reports), ForecastData(valid_shards, tokenizer, vocabulary)
-    unigram = unigram_entropy(shards, valid_shards, vocabulary.codes)
+    unigram = unigram_entropy(shards, valid_shards, fixed_subset(len(valid), args.max_eval_samples), vocabulary.codes)
 
     def loss(engine, row):
         return packed_loss(engine, row, ranks.device)
@@ -82,7 +85,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         save_stamp(folder, shards.index, knows_text)
 
-    identity = {"backbone": args.backbone, "ECG tokenizer": shards.index["tokenizer"], "train ECGs": len(data), "report targets": reports}
+    identity = {"shards digest": shards.digest}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "pretrain")
 
 

@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `deepspeed launc
 import numpy as np
 import torch
 
-from sharding.manifest import read_manifest
+from sharding.manifest import MANIFEST, read_manifest
 from toolkit.ecg.quality import check
-from toolkit.ecg.records import read_record
+from toolkit.ecg.records import RecordError, read_record
 from toolkit.errors import UserError
+from toolkit.files import digest
 from toolkit.shards.order import MicroBatch
 from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
 from toolkit.training.arguments import TrainingArguments, arg, parse
@@ -54,7 +55,10 @@ class Recordings:
 
 @lru_cache(maxsize=4096)  # 1 GB per rank: parsing a record takes 4 ms, a tenth of its training step
 def _read(path: str) -> np.ndarray:
-    return check(read_record(path))[0]
+    try:
+        return check(read_record(path))[0]
+    except RecordError as error:  # it was fine when the manifest was made
+        raise UserError(f"--manifest: {path}: {error.message}; put the file back or run `python -m sharding.prepare` again") from error
 
 
 def main() -> None:
@@ -79,7 +83,7 @@ def main() -> None:
     def export(module: ECGTokenizer, folder: Path) -> None:
         module.save_pretrained(folder)
 
-    identity = {"decoder": args.decoder, "train ECGs": len(splits["train"])}
+    identity = {"manifest digest": digest(Path(args.manifest) / MANIFEST)}
     train(args, Job(model, Recordings(splits["train"]), loss, evaluate, export, identity, bf16=False), ranks, "tokenizer")
 
 

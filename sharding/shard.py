@@ -9,16 +9,17 @@ import multiprocessing
 import os
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from sharding.manifest import SPLITS, read_manifest
+from sharding.manifest import MANIFEST, SPLITS, read_manifest
 from toolkit.ecg.quality import check
 from toolkit.ecg.records import RecordError, read_record
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import new_folder
+from toolkit.files import digest, new_folder
 from toolkit.shards.reader import read_index
 from toolkit.shards.writer import write_index, write_split
 from toolkit.tokenizer.tokenizer import ECGTokenizer
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
     parser.add_argument("--out", required=True, type=Path, help="folder for the shards; it appears when complete")
     parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (4096 make about 12 MB)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read and encode, one thread each")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that read and encode, one thread each")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that were made from other inputs")
     args = parser.parse_args(argv)
     if args.workers < 1 or args.shard_size < 1:
@@ -48,24 +49,26 @@ def main(argv: list[str] | None = None) -> None:
         "levels": tokenizer.config.levels,
         "dims": tokenizer.config.dims,
         "manifest": str(args.manifest.resolve()),
-        "manifest_rows": len(manifest),
+        "manifest_digest": digest(args.manifest / MANIFEST),
         "shard_size": args.shard_size,
     }
-    if args.out.exists() and not args.overwrite:
-        made = read_index(args.out, "--out")
+    if args.out.exists() and any(args.out.iterdir()):
+        made = read_index(args.out, "--out", "so it is no folder of shards and will not be replaced: name a new folder")
         differs = [key for key, value in once.items() if made.get(key) != value]
-        if differs:
+        if made["kind"] != "tokens" or (differs and not args.overwrite):
             raise UserError(f"--out {args.out}: these shards were made with another {differs[0]}; add --overwrite or name a new folder")
-        print(f"{args.out} is complete already: {made['encoded']} ECGs")
-        return
+        if not differs and not args.overwrite:
+            print(f"{args.out} is complete already: {made['encoded']} ECGs")
+            return
 
     started, quarantine, splits = time.time(), [], {}
-    with new_folder(args.out) as folder, multiprocessing.get_context("spawn").Pool(args.workers, _start, (str(args.tokenizer),)) as pool:
-        bar = tqdm(total=len(manifest), unit="ECG", desc="encode")
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with new_folder(args.out) as folder, ProcessPoolExecutor(args.workers, spawn, _start, (str(args.tokenizer),)) as pool:
+        bar = tqdm(total=len(manifest), unit="ECG", desc="encode", disable=None)
         for split in SPLITS:
             rows = manifest[manifest["split"] == split].sort_values("key").to_dict("records")
             chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-            results = pool.imap(_encode, ([(r["key"], r["path"]) for r in chunk] for chunk in chunks))  # imap keeps the order
+            results = pool.map(_encode, ([(r["key"], r["path"]) for r in chunk] for chunk in chunks))  # in order, whatever the workers
             splits[split] = write_split(folder, split, _samples(chunks, results, quarantine, bar), args.shard_size)
         bar.close()
         encoded = sum(entry["samples"] for entry in splits.values())

@@ -8,6 +8,11 @@ class UserError(ValueError):
     """Wrong input: the message names the argument or file and the mend."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type: what a `UserError` quotes of another library's error."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def exit_2_on_user_error(main):
     """Decorate an entry's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
 

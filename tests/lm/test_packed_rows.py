@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from toolkit.errors import UserError
 from toolkit.lm import attention
 from toolkit.lm.model import packed_logits, packed_loss
 from toolkit.shards.packing import Group, Sequence, pack
@@ -88,6 +89,19 @@ def test_another_group_or_branch_is_never_seen(model):
     counts = [int(s.target.sum()) for g in groups for s in (g.prefix, *g.branches)]
     changed = [bool((b != a).any()) for b, a in zip(before.split(counts), after.split(counts))]
     assert changed == [False] * 6 + [True] + [False] * 5
+
+
+def test_an_architecture_that_would_ignore_the_layout_is_refused():
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2))
+    with pytest.raises(UserError, match="--backbone: BloomForCausalLM"):
+        attention.use_packed_attention(bloom)
+
+
+def test_a_sliding_window_shorter_than_a_sequence_is_refused():
+    windowed = MistralForCausalLM(MistralConfig(num_key_value_heads=4, sliding_window=16, **SHAPE))
+    attention.use_packed_attention(windowed)
+    with pytest.raises(ValueError, match="sliding window"):
+        packed_logits(windowed, pack(make_groups(False)), "cpu")
 
 
 def test_packed_attention_without_a_layout_is_an_error(model):

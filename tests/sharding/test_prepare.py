@@ -236,14 +236,14 @@ def test_nothing_half_written_stays_and_the_old_manifest_survives(tmp_path, monk
 
     def full(self, target):
         calls[self.name] += 1
-        if self.name == "new":
+        if self.name == ".m.partial":
             raise OSError("no space left")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="no space"):
         write_manifest(out, [row] * 2, [], {})
-    assert calls["new"] == 1 and len(read_manifest(out)) == 1 and os.listdir(tmp_path) == ["m"]
+    assert calls[".m.partial"] == 1 and len(read_manifest(out)) == 1 and os.listdir(tmp_path) == ["m"]
 
 
 def test_read_manifest_names_the_argument_and_the_mend(tmp_path):

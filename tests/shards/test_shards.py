@@ -134,5 +134,5 @@ def test_unigram_entropy_by_hand(tmp_path):
     ids = [np.full((1, 4), 0, np.uint16), np.array([[0, 0, 1, 1]], np.uint16)]
     splits = {name: write_split(tmp_path, name, [("k", x, {})], 5) for name, x in zip(("train", "valid"), ids)}
     write_index(tmp_path, splits, kind="tokens")
-    got = unigram_entropy(Shards.open(tmp_path, "train"), Shards.open(tmp_path, "valid"), codes=3)
+    got = unigram_entropy(Shards.open(tmp_path, "train"), Shards.open(tmp_path, "valid"), [0], codes=3)
     assert got == pytest.approx(-0.5 * np.log(5 / 7) - 0.5 * np.log(1 / 7))

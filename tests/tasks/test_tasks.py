@@ -14,6 +14,7 @@ from toolkit.shards.writer import write_index, write_split
 from toolkit.tasks.answers import join_answers, split_answers
 from toolkit.tasks.data import ForecastData, TaskData
 from toolkit.tasks.ecgqa import read_ecgqa
+from toolkit.tasks.join import ECGs, join, report_tasks, samples
 from toolkit.tasks.prompts import branch, question_text, reference_text, task_group
 
 VERIFY = {"task": "ecgqa", "question": "Does this ECG show symptoms of atrial fibrillation?", "answer": ["yes"]}
@@ -90,7 +91,7 @@ def test_ecgqa_rows_become_tasks(tmp_path):
         ('{"a": 1}', "no list|no 'template_id'"),
         (json.dumps([{"question": "?"}]), "no 'template_id'"),
         (json.dumps(rows() + rows()), "appears twice"),
-        (json.dumps(rows(answer=None)), "no list of ECG-QA rows"),
+        (json.dumps(rows(answer="yes")), "answer and ecg_id must be lists"),
     ],
 )
 def test_damaged_question_files_are_named(tmp_path, content, message):
@@ -98,3 +99,41 @@ def test_damaged_question_files_are_named(tmp_path, content, message):
         (tmp_path / "00000.json").write_text(content)
     with pytest.raises(UserError, match=message):
         read_ecgqa(tmp_path)
+
+
+def test_two_wordings_of_the_same_questions_are_refused(tmp_path):
+    for wording in ("template", "paraphrased"):
+        (tmp_path / wording / "train").mkdir(parents=True)
+        (tmp_path / wording / "train" / "00000.json").write_text(json.dumps(rows()))
+    with pytest.raises(UserError, match="the same questions in two wordings"):
+        read_ecgqa(tmp_path)
+    assert len(read_ecgqa(tmp_path / "template")) == 1
+
+
+@pytest.fixture
+def ecgs(tmp_path):
+    def sample(i, split, report=""):
+        return f"x_{i}", np.full((1, 313), i, np.uint16), {"record_id": str(i), "source": "x", "split": split, "patient": f"p{i}", "report": report}
+
+    splits = {"train": [sample(1, "train", "sinus rhythm."), sample(2, "train")], "test": [sample(3, "test")]}
+    write_index(tmp_path, {split: write_split(tmp_path, split, rows, 9) for split, rows in splits.items()}, kind="tokens")
+    return ECGs({split: Shards.open(tmp_path, split) for split in splits})
+
+
+def question(id, *ecg_ids, answer=("yes",)):
+    return {"id": id, "task": "ecgqa", "question_type": "single-verify", "question": "?", "answer": list(answer), "ecg_ids": ecg_ids}
+
+
+def test_every_task_is_joined_or_counted(ecgs):
+    joined, counts = join([question("a", "1"), question("b", "2", "1"), question("c", "1", "3"), question("d", "9"), question("e", "3", answer=())], ecgs)
+    assert {key: [task["id"] for task in tasks] for key, tasks in joined.items()} == {("train", ("1",)): ["a"], ("train", ("2", "1")): ["b"]}
+    assert sum(counts.values()) == 5 and counts["joined"] == 2
+    assert counts["left out, its two ECGs are in different splits"] == counts["left out, ECG not in the shards"] == counts["left out, no answer"] == 1
+
+
+def test_a_comparison_carries_both_ecgs_in_the_order_of_the_question(ecgs):
+    joined, _ = join([question("b", "2", "1"), *report_tasks(ecgs)], ecgs)
+    (first, one, meta), (second, two, both) = samples("train", joined, ecgs)
+    assert (first, second) == ("x_1", "x_2_1")
+    assert one[:, 0].tolist() == [1] and two[:, 0].tolist() == [2, 1]
+    assert meta["tasks"][0]["report"] == "sinus rhythm." and both["patients"] == ["p2", "p1"]

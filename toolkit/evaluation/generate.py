@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from toolkit.lm.vocabulary import ECGVocabulary
 from toolkit.tasks.prompts import prefix_ids, question_ids
+from toolkit.tasks.vocabulary import ECGVocabulary
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 
 from toolkit.evaluation.metrics import EXACT_MATCH_CONVENTION, REPORT_CONVENTION
+from toolkit.files import write_text
 
 REPORT_SCORES = {
     "bleu_1": "BLEU-1",
@@ -48,7 +49,7 @@ def write_report(path: str | os.PathLike, metrics: dict, samples: list[dict], in
         report_convention=REPORT_CONVENTION,
         cards=[_card(sample) for sample in samples],
     )
-    Path(path).write_text(page, encoding="utf-8")
+    write_text(Path(path), page)
 
 
 def _question_rows(model: dict, blind: dict, counts: dict) -> list[dict]:

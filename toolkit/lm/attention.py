@@ -11,6 +11,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from toolkit.errors import UserError
+
 NAME = "heartspeed_packed"
 Layout = list[tuple[int, int, tuple[int, ...]]]
 
@@ -26,6 +28,9 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     """query [1, H, n, D], key and value [1, H_kv, n, D] -> ([1, n, H, D], None), as AttentionInterface wants it."""
     if layout is None:
         raise ValueError(f"{NAME} needs layout=; use `plain_attention(model)` for ordinary rows")
+    window = kwargs.get("sliding_window")
+    if kwargs.get("softcap") or (window and window < max(end - start + max(branches, default=0) for start, end, branches in layout)):
+        raise ValueError(f"{NAME} has no soft cap and no sliding window shorter than a sequence, and this backbone asks for one")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -48,6 +53,13 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
 
 AttentionInterface.register(NAME, packed_attention)
+
+
+def use_packed_attention(model) -> None:
+    """Switch a model to packed rows. Raises UserError for an architecture that would ignore the layout: its documents would see each other."""
+    model.set_attn_implementation(NAME)  # only logs where it has no effect
+    if model.config._attn_implementation != NAME:
+        raise UserError(f"--backbone: {type(model).__name__} does not use transformers' AttentionInterface, so packed rows are not safe; use another")
 
 
 @contextmanager

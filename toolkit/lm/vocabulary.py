@@ -1,32 +1,14 @@
 """The ECG vocabulary: `<|ecg_start|>`, `<|ecg_end|>`, `<|ecg_0000|>`..`<|ecg_1295|>` as real tokens of a Hugging Face tokenizer."""
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 from tokenizers import AddedToken
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError
+from toolkit.tasks.vocabulary import ECGVocabulary
 
 START, END = "<|ecg_start|>", "<|ecg_end|>"
 PAD_TO = 64  # rows of embedding and head: matrix shapes that tensor cores like, and that divide by up to 64 ranks
-
-
-@dataclass(frozen=True)
-class ECGVocabulary:
-    """Where the ECG tokens are: id of code c is `first + c`."""
-
-    start: int
-    end: int
-    first: int
-    codes: int
-
-    def wrap(self, codes: np.ndarray) -> np.ndarray:
-        """uint16 [n_ecgs, 313] -> int64 [n_ecgs * 315]: each ECG between its start and end token."""
-        rows = codes.astype(np.int64) + self.first
-        edges = np.full((len(rows), 1), self.start), np.full((len(rows), 1), self.end)
-        return np.concatenate([edges[0], rows, edges[1]], 1).reshape(-1)
 
 
 def ecg_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ECGVocabulary | None:

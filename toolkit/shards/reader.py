@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.errors import UserError
+from toolkit.files import digest
 from toolkit.shards.writer import FORMAT_VERSION, INDEX_DTYPE
 
 
-def read_index(folder: str | Path, flag: str = "--shards") -> dict:
+def read_index(folder: str | Path, flag: str = "--shards", mend: str = "make shards with `python -m sharding.shard` first") -> dict:
     """index.json of a folder of shards. Raises UserError naming `flag` and the mend."""
     path = Path(folder) / "index.json"
     if not path.is_file():
-        raise UserError(f"{flag}: {folder} has no index.json; make shards with `python -m sharding.shard` first")
+        raise UserError(f"{flag}: {folder} has no index.json; {mend}")
     try:
         index = json.loads(path.read_text())
         version = index["format_version"]
@@ -30,7 +31,7 @@ def read_index(folder: str | Path, flag: str = "--shards") -> dict:
 
 
 class Shards:
-    """One split of a shard folder. `len()`, `ids(i)`, `meta(i)`; opening costs the same for 800 and 800,000 ECGs."""
+    """One split of a shard folder. `len()`, `ids(i)`, `meta(i)`. The index is memory-mapped; opening makes one pass over it."""
 
     def __init__(self, folder: Path, split: str, index: dict, rows: np.ndarray, maps: list[mmap.mmap]):
         self.folder, self.split, self.index, self.rows, self._maps = folder, split, index, rows, maps
@@ -60,6 +61,11 @@ class Shards:
             with open(path, "rb") as f:
                 maps.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
         return cls(folder, split, index, rows, maps)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over index.json, which holds the sha256 of every shard."""
+        return digest(self.folder / "index.json")
 
     def __len__(self) -> int:
         return len(self.rows)

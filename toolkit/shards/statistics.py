@@ -7,8 +7,11 @@ from toolkit.shards.reader import Shards
 COUNTED = 50_000  # ECGs: 16 M tokens settle 1,296 frequencies to far below 1 %
 
 
-def unigram_entropy(train: Shards, valid: Shards, codes: int) -> float:
-    """Cross-entropy in nats per token of `valid` under the token frequencies of `train` (add-one smoothed)."""
-    counts = [sum((np.bincount(s.ids(i).ravel(), minlength=codes) for i in range(min(len(s), COUNTED))), np.zeros(codes, np.int64)) for s in (train, valid)]
-    frequencies = (counts[0] + 1) / (counts[0] + 1).sum()
-    return float(-(counts[1] * np.log(frequencies)).sum() / counts[1].sum())
+def unigram_entropy(train: Shards, valid: Shards, chosen: list[int], codes: int) -> float:
+    """Cross-entropy in nats per token of the chosen samples of `valid` under the token frequencies of `train` (add-one smoothed)."""
+
+    def count(shards: Shards, indices) -> np.ndarray:
+        return sum((np.bincount(shards.ids(i).ravel(), minlength=codes) for i in indices), np.zeros(codes, np.int64))
+
+    frequencies, occurs = count(train, range(min(len(train), COUNTED))) + 1, count(valid, chosen)
+    return float(-(occurs * np.log(frequencies / frequencies.sum())).sum() / occurs.sum())

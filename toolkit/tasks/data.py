@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from toolkit.lm.vocabulary import ECGVocabulary
 from toolkit.shards.order import MicroBatch
 from toolkit.shards.packing import pack
 from toolkit.shards.reader import Shards
 from toolkit.tasks.prompts import branch, forecast_group, task_group
+from toolkit.tasks.vocabulary import ECGVocabulary
 
 
 class ForecastData:

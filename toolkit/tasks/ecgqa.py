@@ -5,9 +5,6 @@ from pathlib import Path
 
 from toolkit.errors import UserError
 
-QUESTION_TYPES = tuple(
-    f"{kind}-{form}" for kind in ("single", "comparison_consecutive", "comparison_irrelevant") for form in ("verify", "choose", "query")
-)
 FIELDS = ("template_id", "question_type", "attribute_type", "question", "answer", "ecg_id")
 
 
@@ -21,6 +18,9 @@ def read_ecgqa(root: str | Path) -> list[dict]:
     files = sorted(root.rglob("*.json"))
     if not files:
         raise UserError(f"--qa: no .json files below {root}; name the folder of ECG-QA that holds train/, valid/ and test/")
+    wordings = {"template", "paraphrased"} & {part for file in files for part in file.relative_to(root).parts}
+    if len(wordings) > 1:
+        raise UserError(f"--qa: {root} holds template/ and paraphrased/, the same questions in two wordings; name one of them")
     tasks, seen = [], set()
     for file in files:
         try:
@@ -30,6 +30,8 @@ def read_ecgqa(root: str | Path) -> list[dict]:
                 absent = [name for name in FIELDS if name not in row]
                 if absent:
                     raise UserError(f"--qa: {file}: a row has no {absent[0]!r}; is this an ECG-QA 1.0.2 file?")
+                if not isinstance(row["answer"], list) or not isinstance(row["ecg_id"], list):
+                    raise UserError(f"--qa: {file}: answer and ecg_id must be lists; is this an ECG-QA 1.0.2 file?")
                 task = {
                     "id": f"{part}-{row.get('sample_id', len(tasks))}",
                     "task": "ecgqa",
@@ -39,7 +41,7 @@ def read_ecgqa(root: str | Path) -> list[dict]:
                     "ecg_ids": tuple(str(e) for e in row["ecg_id"]),
                 }
                 if task["id"] in seen:
-                    raise UserError(f"--qa: {file}: {task['id']} appears twice; name one of template/ or paraphrased/, not their parent")
+                    raise UserError(f"--qa: {file}: {task['id']} appears twice; is a file there under two names?")
                 seen.add(task["id"])
                 tasks.append(task)
         except (ValueError, TypeError, AttributeError) as error:

@@ -5,9 +5,9 @@ The prompt is ECG first: everything before the question is the same for all ques
 
 import numpy as np
 
-from toolkit.lm.vocabulary import ECGVocabulary
 from toolkit.shards.packing import Group, Sequence
 from toolkit.tasks.answers import join_answers
+from toolkit.tasks.vocabulary import ECGVocabulary
 
 REPORT_INSTRUCTION = "Write the report of this ECG."
 

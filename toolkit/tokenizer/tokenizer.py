@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from toolkit.ecg.leads import LEADS, SAMPLES, SAMPLING_RATE
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.tokenizer.model import Decoder, Encoder, normalise, quantise
 
 FORMAT_VERSION = 1
@@ -143,5 +143,5 @@ class ECGTokenizer(nn.Module):
             tokenizer = cls(config)
             tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
         except Exception as error:  # safetensors and torch raise many types for damaged files
-            raise UserError(f"{flag}: {folder} does not load ({str(error).splitlines()[0]}); copy or train it again") from error
+            raise UserError(f"{flag}: {folder} does not load ({first_line(error)}); copy or train it again") from error
         return tokenizer.eval()

@@ -15,6 +15,13 @@ def arg(help: str, default=..., **more):
     return field(metadata={"help": help.replace("%", "%%"), **more}, **given)
 
 
+AT_LEAST_ONE = {
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit",
+    "max_eval_samples", "tasks_per_ecg", "lora_r", "lora_alpha", "max_new_tokens",
+}  # fmt: skip
+NOT_NEGATIVE = {"seed", "eval_steps", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout"}
+
+
 @dataclass(kw_only=True)
 class LaunchArguments:
     """What every launcher takes."""
@@ -22,6 +29,12 @@ class LaunchArguments:
     output_dir: str = arg("Folder of the run: results, log.jsonl, tensorboard/, checkpoints. The same command on an existing folder resumes.")
     seed: int = arg("Seed of initialisation, order of the data and dropout.", 42)
     local_rank: int = arg("Set by the deepspeed launcher.", -1)
+
+    def __post_init__(self):
+        for name in AT_LEAST_ONE | NOT_NEGATIVE:
+            value, least = getattr(self, name, None), int(name in AT_LEAST_ONE)
+            if value is not None and value < least:
+                raise UserError(f"--{name} must be at least {least}, not {value}")
 
 
 @dataclass(kw_only=True)
@@ -39,16 +52,14 @@ class TrainingArguments(LaunchArguments):
     warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
     logging_steps: int = arg("Steps between two lines of log.jsonl and TensorBoard.", 10)
     eval_steps: int = arg("Steps between two validations; 0: at the end alone.", 0)
-    max_eval_samples: int = arg("Validate on the first this many ECGs of the valid split.", 512)
+    max_eval_samples: int = arg("Validate on at most this many ECGs, evenly spaced over the valid split.", 512)
     save_steps: int = arg("Steps between two checkpoints.", 500)
     save_total_limit: int = arg("Checkpoints kept; older ones are deleted.", 2)
     precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
     gradient_checkpointing: bool = arg("Recompute activations in the backward pass: less memory, about a third more time.", False)
 
     def __post_init__(self):
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
         if self.max_steps < 0 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs must be above 0 (or give --max_steps)")
 

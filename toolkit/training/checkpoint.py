@@ -27,8 +27,10 @@ def save(engine, folder: Path, state: dict, keep: int) -> None:
         write_text(path / STATE, json.dumps(state, indent=2))
         os.sync()  # the pointer must not reach the disk before what it points to
         write_text(folder / "latest", path.name)
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        steps = _steps(folder)
+        older = [step for step in steps if step <= state["step"]]
+        for step in set(steps) - set(older[-keep:]):  # also those beyond this step, which a killed run left unfinished
+            shutil.rmtree(folder / f"checkpoint-{step}")
     dist.barrier()
 
 
@@ -52,6 +54,5 @@ def load(engine, folder: Path, state: dict) -> None:
         raise UserError(f"--output_dir: {path} does not load; write the name of an older checkpoint into {folder / 'latest'}")
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [(int(m[1]), p) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [p for _, p in sorted(found)]
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"checkpoint-(\d+)", p.name)))

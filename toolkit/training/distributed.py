@@ -40,7 +40,7 @@ def start() -> Ranks:
     if accelerator.device_name() == "cpu":
         # this op serves inference alone; building it takes 40 s, and a killed build makes later runs hang on its lock
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        local_world = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
         device = torch.device("cpu")
@@ -79,10 +79,10 @@ def launcher(main):
         try:
             main()
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            else:
-                time.sleep(2)  # the launcher ends all ranks when one ends: let rank 0 speak first
+            rank = os.environ.get("RANK", "0")
+            if rank != "0":
+                time.sleep(3)  # rank 0 has most likely the same to say, and the launcher then ends the others before they repeat it
+            print(f"error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
             os._exit(2)  # not sys.exit: other ranks may wait in a collective, and leaving the group would wait for them
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -21,6 +21,8 @@ def resolve(path: str, args, world: int, bf16: bool) -> dict:
         raise UserError(f"--deepspeed: {path} cannot be read ({error.strerror}); the presets are in ds_configs/") from None
     except ValueError as error:
         raise UserError(f"--deepspeed: {path} is no valid JSON: {error}") from None
+    if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in ("bf16", "zero_optimization", "data_types")):
+        raise UserError(f"--deepspeed: {path}: bf16, zero_optimization and data_types must be objects; the presets are in ds_configs/")
     for key, mend in FORBIDDEN.items():
         if key in config:
             raise UserError(f"--deepspeed: {path}: remove {key!r}: {mend}")
@@ -43,7 +45,8 @@ def resolve(path: str, args, world: int, bf16: bool) -> dict:
         precision["enabled"] = bf16
     elif precision["enabled"] != bf16:
         raise UserError(f"--deepspeed: {path}: bf16.enabled is {precision['enabled']}, --precision gives {bf16}; write \"auto\"")
-    config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"  # bf16 sums lose small gradients
+    if stage:  # stage 0 has no such choice
+        config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"  # bf16 sums lose small gradients
     left = [f"{k}.{s}" for k, v in config.items() if isinstance(v, dict) for s in v if v[s] == "auto"]
     left += [k for k, v in config.items() if v == "auto"]
     if left:

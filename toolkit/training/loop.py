@@ -19,7 +19,7 @@ import deepspeed
 import torch
 
 from toolkit.errors import UserError
-from toolkit.files import write_text
+from toolkit.files import run_folder, write_text
 from toolkit.shards.order import Data, MicroBatch, micro_batches, sample_at
 from toolkit.training import checkpoint, ds_config
 from toolkit.training.arguments import TrainingArguments, as_record
@@ -27,6 +27,7 @@ from toolkit.training.distributed import Ranks, bf16_is_fast, sum_over_ranks
 from toolkit.training.log import RunLog
 
 RESULTS = "train_results.json"  # written last: a run folder that holds it is complete
+FREE = {"output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "max_steps", "num_train_epochs"}
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Job:
     loss: Callable[[Any, Any], torch.Tensor]
     evaluate: Callable[[Any], dict[str, float]]
     export: Callable[[torch.nn.Module, Path], None]
-    identity: dict  # what a resumed run must share with its checkpoint: backbone, shards, ...
+    identity: dict  # digests of what the run is made from; a resumed run must have the same
     sample: Callable[[Any], str] | None = None
     bf16: bool = True  # whether `--precision auto` may choose bf16
 
@@ -50,22 +51,22 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16)
     global_batch = config["train_batch_size"]
     last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(job.data) / global_batch)
-    identity = {
-        **job.identity, "seed": args.seed, "global batch": global_batch, "steps": last, "learning rate": args.learning_rate, "bf16": bf16,
-        "ranks": ranks.world, "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0),
-    }  # fmt: skip
+    # what a resumed run must share with its checkpoint: all but what only says when to look, and where
+    identity = {name: value for name, value in as_record(args).items() if name not in FREE}
+    identity |= {**job.identity, "steps": last, "bf16": bf16, "ranks": ranks.world, "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
 
-    state = checkpoint.newest(folder) or {"step": 0, "samples": 0, "seconds": 0.0}
+    results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
+    state = results or checkpoint.newest(folder) or {"step": 0, "samples": 0, "seconds": 0.0, "identity": identity}
     for name, value in identity.items():
-        if state.get("identity", identity).get(name) != value:
+        if state["identity"].get(name) != value:
             was = state["identity"].get(name)
             raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; resume it with the same, or name a new folder")
-    if state["step"] == last and (folder / RESULTS).is_file():
+    if results:
         if ranks.main:
             print(f"{folder} is complete already: {last} steps")
-        return json.loads((folder / RESULTS).read_text())
+        return results
     if ranks.main:
-        folder.mkdir(parents=True, exist_ok=True)
+        run_folder(folder)
         write_text(folder / "arguments.json", json.dumps(as_record(args), indent=2))
         write_text(folder / "ds_config.json", json.dumps(config, indent=2))
 
@@ -78,6 +79,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     batches = _prefetch(_steps(job.data, args, ranks, state["samples"], last - first))
     clock, seconds, interval = time.perf_counter(), state["seconds"], _Interval()
     for step in range(first, last):
+        step_started = time.perf_counter()
         micro = next(batches)
         targets, tokens, ecgs = sum_over_ranks([sum(getattr(m, n) for m in micro) for n in ("targets", "tokens", "ecgs")], ranks.device)
         _set_learning_rate(engine, _learning_rate(args, step, last))
@@ -90,8 +92,8 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             summed += loss.detach()
         loss_value = sum_over_ranks([summed.item()], ranks.device)[0] / targets
         if not math.isfinite(loss_value):
-            raise RuntimeError(f"the loss of step {step + 1} is {loss_value}; the last checkpoint is intact: lower --learning_rate and run again")
-        interval.add(loss_value, tokens, ecgs)
+            raise UserError(f"the loss of step {step + 1} is {loss_value}: lower --learning_rate and name a new --output_dir")
+        interval.add(loss_value, tokens, ecgs, time.perf_counter() - step_started)
         done = step + 1
         state = {"step": done, "samples": state["samples"] + global_batch, "identity": identity}
         if log:
@@ -108,7 +110,8 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             state["seconds"] = seconds + time.perf_counter() - clock
             checkpoint.save(engine, folder, state, args.save_total_limit)
 
-    results = {**_evaluate(job, engine, log, last), "steps": last, "samples": state["samples"], "train_seconds": state["seconds"]}
+    final = _evaluate(job, engine, log, last)
+    results = {**final, "steps": last, "samples": state["samples"], "train_seconds": state["seconds"], "identity": identity}
     if ranks.main:
         job.export(engine.module, folder)
         write_text(folder / RESULTS, json.dumps(results, indent=2))
@@ -155,23 +158,24 @@ def _prefetch(source: Iterator, depth: int = 2) -> Iterator:
 
 
 class _Interval:
-    """Sums between two log lines."""
+    """Sums over the steps between two log lines; validation and checkpoints between them are not counted as time."""
 
     def __init__(self):
-        self.losses, self.tokens, self.ecgs, self.start = [], 0, 0, time.perf_counter()
+        self.losses, self.tokens, self.ecgs, self.seconds = [], 0, 0, 0.0
 
-    def add(self, loss: float, tokens: float, ecgs: float) -> None:
+    def add(self, loss: float, tokens: float, ecgs: float, seconds: float) -> None:
         self.losses.append(loss)
         self.tokens += tokens
         self.ecgs += ecgs
+        self.seconds += seconds
 
     @property
     def loss(self) -> float:
         return sum(self.losses) / len(self.losses)
 
     def speed(self) -> dict:
-        seconds = time.perf_counter() - self.start
-        return {"tokens_per_second": self.tokens / seconds, "ecgs_per_second": self.ecgs / seconds, "step_seconds": seconds / len(self.losses)}
+        speed = {"tokens_per_second": self.tokens, "ecgs_per_second": self.ecgs}
+        return {name: count / self.seconds for name, count in speed.items()} | {"step_seconds": self.seconds / len(self.losses)}
 
 
 def _evaluate(job: Job, engine, log: RunLog | None, step: int) -> dict:
