@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
 NAMES = ("data", "manifest", "tokenizer", "shards", "tasks", "pretrain", "instruct", "evaluate")
 # sized for ten minutes on two cores; everything not said here is the launchers' default
-TOKENIZER = ["--max_steps", 100, "--per_device_train_batch_size", 8, "--max_eval_samples", 64]
-PRETRAIN = ["--max_steps", 150, "--per_device_train_batch_size", 4, "--max_eval_samples", 64]
-INSTRUCT = ["--max_steps", 340, "--per_device_train_batch_size", 3, "--logging_steps", 20, "--max_eval_samples", 64]
+TOKENIZER = ["--max_steps", 90, "--per_device_train_batch_size", 8, "--max_eval_samples", 32]
+PRETRAIN = ["--max_steps", 150, "--per_device_train_batch_size", 4, "--max_eval_samples", 32]
+INSTRUCT = ["--max_steps", 290, "--per_device_train_batch_size", 3, "--logging_steps", 10, "--max_eval_samples", 32]
 
 
 def stages(out: Path) -> list[tuple[str, list, bool]]:

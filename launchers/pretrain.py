@@ -53,14 +53,14 @@ def main() -> None:
         yield from WORDS.read_text().splitlines() * 20
         yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
 
+    knows_text = stamp["knows_text"] if stamp else args.backbone != "tiny"
     model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
     if args.learning_rate is None:
         args.learning_rate = 0.25 / model.config.hidden_size
-    vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed)
+    vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed, knows_text)
     attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    knows_text = stamp["knows_text"] if stamp else args.backbone != "tiny"
     reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text)
     data, valid = ForecastData(shards, tokenizer, vocabulary, reports), ForecastData(valid_shards, tokenizer, vocabulary)
     unigram = unigram_entropy(shards, valid_shards, fixed_subset(len(valid), args.max_eval_samples), vocabulary.codes)

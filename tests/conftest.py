@@ -25,6 +25,6 @@ def tiny():
     from toolkit.lm.vocabulary import extend
 
     model, tokenizer = load_backbone("tiny", lambda: ["sinus rhythm. normal ecg.", "Does this ECG show symptoms of atrial fibrillation?"] * 5, seed=0)
-    vocabulary = extend(model, tokenizer, 6, 4, seed=0)
+    vocabulary = extend(model, tokenizer, 6, 4, seed=0, knows_text=False)
     model.set_attn_implementation(attention.NAME)
     return model.eval(), tokenizer, vocabulary

@@ -31,7 +31,7 @@ def test_smollm2_speaks_and_takes_the_ecg_vocabulary(tmp_path, monkeypatch):
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0])
     assert "Paris" in text
 
-    vocabulary = extend(model, tokenizer, 6, 4, seed=0)
+    vocabulary = extend(model, tokenizer, 6, 4, seed=0, knows_text=True)
     again = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0])
     assert again == text  # new rows do not disturb old ones
     model.set_attn_implementation(attention.NAME)

@@ -27,14 +27,14 @@ def small(tied: bool, bos: bool):
 def test_extension_keeps_text_and_adds_1298_real_tokens(tied, bos, tmp_path):
     model, tokenizer = small(tied, bos)
     text = model.get_input_embeddings().weight.detach().clone()
-    vocabulary = extend(model, tokenizer, 6, 4, seed=0)
+    vocabulary = extend(model, tokenizer, 6, 4, seed=0, knows_text=False)
     assert (vocabulary.start, vocabulary.end, vocabulary.first, vocabulary.codes) == (6, 7, 8, 1296)
     assert model.get_input_embeddings().weight.shape[0] % PAD_TO == 0
     assert (model.get_input_embeddings().weight[:6] == text).all()
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     assert tokenizer.encode("sinus <|ecg_start|><|ecg_0000|><|ecg_1295|><|ecg_end|>", add_special_tokens=False) == [3, 6, 8, 1303, 7]
     assert tokenizer.decode([3, 8, 4], skip_special_tokens=True).split() == ["sinus", "rhythm"]
-    assert extend(model, tokenizer, 6, 4, seed=1) == vocabulary  # a second time changes nothing
+    assert extend(model, tokenizer, 6, 4, seed=1, knows_text=False) == vocabulary  # a second time changes nothing
 
     ids = prefix_ids(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16))
     assert ids.tolist() == [2] * bos + [6, 8, 1303, 7]
@@ -51,7 +51,7 @@ def test_extension_keeps_text_and_adds_1298_real_tokens(tied, bos, tmp_path):
 
 def test_neighbouring_codes_start_close_to_each_other():
     model, tokenizer = small(True, True)
-    vocabulary = extend(model, tokenizer, 6, 4, seed=0)
+    vocabulary = extend(model, tokenizer, 6, 4, seed=0, knows_text=False)
     rows = model.get_input_embeddings().weight.detach()[vocabulary.first : vocabulary.first + 1296]
     code = torch.arange(1295)
     step = (rows[:-1] - rows[1:]).norm(dim=1)[code % 6 < 5].mean()  # one step of the first digit
@@ -61,9 +61,9 @@ def test_neighbouring_codes_start_close_to_each_other():
 
 def test_other_numbers_of_codes_are_refused():
     model, tokenizer = small(True, True)
-    extend(model, tokenizer, 6, 4, seed=0)
+    extend(model, tokenizer, 6, 4, seed=0, knows_text=False)
     with pytest.raises(UserError, match="1296 ECG codes, the shards' tokenizer has 256"):
-        extend(model, tokenizer, 4, 4, seed=0)
+        extend(model, tokenizer, 4, 4, seed=0, knows_text=False)
 
 
 def test_unknown_backbone_names_the_argument():

@@ -8,9 +8,6 @@ from toolkit.errors import UserError
 from toolkit.tasks.vocabulary import ECGVocabulary
 
 START, END = "<|ecg_start|>", "<|ecg_end|>"
-# Of the text rows' own spread. At 1 a new row of SmolLM2's tied head outscores the right next word by chance; at 0.5 the best of the
-# 1,298 stays 9 logits below it.
-SPREAD = 0.5
 PAD_TO = 64  # rows of embedding and head: matrix shapes that tensor cores like, and that divide by up to 64 ranks
 
 
@@ -26,12 +23,15 @@ def ecg_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ECGVocabulary | None:
     return ECGVocabulary(added[START], added[END], first, len(names))
 
 
-def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, levels: int, dims: int, seed: int) -> ECGVocabulary:
+def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, levels: int, dims: int, seed: int, knows_text: bool) -> ECGVocabulary:
     """Add the ECG tokens to tokenizer and model, in place; a pair that has them already is left as it is.
 
     A new row starts at the mean of the text rows plus noise that is mostly linear in the code's digits, so that codes one quantisation
     step apart start close to each other: 1,296 unrelated rows would each have to be learnt from few occurrences.
     """
+    # Of the text rows' own spread. At 1 a new row of SmolLM2's tied head outscores the right next word by chance; at 0.5 the best of the
+    # 1,298 stays 9 logits below it. Rows beside text that was never trained need no such care.
+    spread = 0.5 if knows_text else 1.0
     known = ecg_vocabulary(tokenizer)
     if known is not None:
         if known.codes != levels**dims:
@@ -54,7 +54,7 @@ def extend(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, levels: i
         for weight in weights:
             text = weight[: vocabulary.start].float()
             mean = text.mean(0)
-            std = SPREAD * (text - mean).std()
+            std = spread * (text - mean).std()
             axes = torch.randn(dims, weight.shape[1], generator=generator)
             own = torch.randn(levels**dims, weight.shape[1], generator=generator)
             rows = mean + std * (0.9 * (digits @ axes) / dims**0.5 + 0.44 * own)  # 0.9**2 + 0.44**2 = 1
