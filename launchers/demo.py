@@ -17,7 +17,10 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
-NAMES = ("data", "manifest", "tokenizer", "shards", "tasks", "pretrain", "instruct", "evaluate")
+COMPLETE = {  # stage -> the file it writes last
+    "data": "corpus.json", "manifest": "prepare.json", "tokenizer": "train_results.json", "shards": "index.json", "tasks": "index.json",
+    "pretrain": "train_results.json", "instruct": "train_results.json", "evaluate": "metrics.json",
+}  # fmt: skip
 # sized for ten minutes on two cores; everything not said here is the launchers' default
 TOKENIZER = ["--max_steps", 90, "--per_device_train_batch_size", 8, "--max_eval_samples", 32]
 PRETRAIN = ["--max_steps", 150, "--per_device_train_batch_size", 4, "--max_eval_samples", 32]
@@ -26,7 +29,7 @@ INSTRUCT = ["--max_steps", 290, "--per_device_train_batch_size", 3, "--logging_s
 
 def stages(out: Path) -> list[tuple[str, list, bool]]:
     """(name, command, through DeepSpeed) in the order they run; each writes out/<name> and leaves a complete one as it is."""
-    data, manifest, tokenizer, shards, tasks, pretrain, instruct, evaluate = (out / name for name in NAMES)
+    data, manifest, tokenizer, shards, tasks, pretrain, instruct, evaluate = (out / name for name in COMPLETE)
     zero1, zero2 = (["--deepspeed", f"ds_configs/{name}"] for name in ("zero1.json", "zero2.json"))
     join = ["-m", "sharding.shard_tasks", "--shards", shards, "--out", tasks]
     return [
@@ -97,12 +100,12 @@ def throughput(out: Path, name: str) -> str:
 
 def table(out: Path, measured: list[dict]) -> str:
     """What each stage cost, then the metrics beside the blind baseline."""
-    lines = [f"{'stage':<11}{'seconds':>9}{'peak MB':>9}   speed"]
+    lines = [f"{'stage':<11}{'seconds':>9}{'peak MB':>9}   speed (memory: all processes together)"]
     for stage in measured:
         lines.append(f"{stage['stage']:<11}{stage['seconds']:>9.1f}{stage['peak_mb']:>9.0f}   {throughput(out, stage['stage'])}")
     lines.append(f"{'all':<11}{sum(s['seconds'] for s in measured):>9.1f}{max(s['peak_mb'] for s in measured):>9.0f}\n")
     metrics = json.loads((out / "evaluate" / "metrics.json").read_text())
-    lines.append(f"{'metric':<28}{'model':>8}{'blind':>8}")
+    lines.append(f"{'metric, %':<28}{'model':>8}{'blind':>8}")
     pairs = [(f"exact match, {k}", metrics["exact_match"][k], metrics["blind"]["exact_match"][k]) for k in metrics["exact_match"]]
     pairs += [(k, metrics["report"][k], metrics["blind"]["report"][k]) for k in ("bleu_1", "bleu_4", "rouge_l")]
     lines += [f"{name:<28}{100 * model:>7.1f} {100 * blind:>7.1f}" for name, model, blind in pairs if None not in (model, blind)]
@@ -114,11 +117,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "demo", help="folder for all stages; run again, it goes on where it stopped")
     out = Path(os.path.relpath(parser.parse_args().out, ROOT))  # the stages run in the project's root
     os.chdir(ROOT)
-    costs = {}  # stage -> cost, two commands of one stage added up
+    # stage -> cost, two commands of one stage added up; a stage that an earlier run completed keeps the cost it had then
+    file = out / "costs.json"
+    costs = json.loads(file.read_text()) if file.is_file() else {}
+    costs = {name: cost for name, cost in costs.items() if (out / name / COMPLETE[name]).is_file()}
+    kept = set(costs)
     for name, command, distributed in stages(out):
         cost = run(name, command, distributed)
+        if name in kept:
+            continue
         before = costs.get(name, {"seconds": 0.0, "peak_mb": 0.0})
         costs[name] = {"stage": name, "seconds": before["seconds"] + cost["seconds"], "peak_mb": max(before["peak_mb"], cost["peak_mb"])}
+        file.write_text(json.dumps(costs))
     print(f"\nSynthetic ECGs; research software, not for diagnosis.\n\n{table(out, list(costs.values()))}")
     print(f"\nreport: {(out / 'evaluate' / 'report.html').resolve()}")
 

@@ -29,12 +29,12 @@ META = ("source", "record_id", "patient", "split", "report", "labels", "qc", "ag
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m sharding.shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", required=True, type=Path, help="folder written by `python -m sharding.prepare`")
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
     parser.add_argument("--out", required=True, type=Path, help="folder for the shards; it appears when complete")
-    parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (4096 make about 12 MB)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that read and encode, one thread each")
+    parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (default: %(default)s, about 12 MB)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that were made from other inputs")
     args = parser.parse_args(argv)
     if args.workers < 1 or args.shard_size < 1:

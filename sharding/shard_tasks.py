@@ -24,7 +24,7 @@ KINDS = {"ecgqa": "ecgqa", "reports": "report"}  # argument -> the `task` field
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser("python -m sharding.shard_tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS, help="ecgqa: questions of --qa; reports: the manifest's report column")
     parser.add_argument("--qa", type=Path, help="folder with ECG-QA 1.0.2 json files, for example ecgqa/ptbxl/template")
     parser.add_argument("--shards", required=True, type=Path, help="token shards written by `python -m sharding.shard`")

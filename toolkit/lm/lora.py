@@ -1,5 +1,7 @@
 """LoRA through PEFT on every linear layer but the head."""
 
+from pathlib import Path
+
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
@@ -17,3 +19,4 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: int, dropout: float, trai
 def save_adapter(model: PeftModel, folder) -> None:
     """The adapter alone: the vocabulary is the backbone's, so peft must not store the whole embedding with it."""
     model.save_pretrained(folder, save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink()  # peft's model card, a template of [More Information Needed]

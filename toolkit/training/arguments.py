@@ -1,5 +1,6 @@
 """Arguments of every trainer, named as `transformers.TrainingArguments` names them; the text under a field is the text of --help."""
 
+import argparse
 import sys
 from dataclasses import asdict, dataclass, field
 from typing import Literal
@@ -64,11 +65,13 @@ class TrainingArguments(LaunchArguments):
             raise UserError("--num_train_epochs must be above 0 (or give --max_steps)")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after every help text, the module's docstring as it is written."""
+
+
 def parse(cls, description: str, argv: list[str] | None = None):
     """An instance of the dataclass from the command line. Exits with 2 and a usage line on an unknown or missing argument."""
-    import argparse
-
-    parser = HfArgumentParser(cls, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = HfArgumentParser(cls, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
     args, unknown = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")

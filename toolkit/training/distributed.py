@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
@@ -76,6 +77,7 @@ def launcher(main):
         warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # torch 2.13 of DeepSpeed 0.19
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
         transformers.utils.logging.disable_progress_bar()
+        huggingface_hub.logging.set_verbosity_error()  # a hub that cannot be reached is said once, by the error
         try:
             main()
         except UserError as error:
