@@ -164,6 +164,8 @@ def test_bleu_equals_nltk_where_both_are_defined(rows):
         return
     references, predictions = [[row["reference"].split()] for row in rows], [row["prediction"].split() for row in rows]
     for order in range(1, 5):
+        if min(map(len, predictions)) < order:
+            continue  # nltk counts one n-gram for a text that is too short to have any
         expected = nltk_bleu.corpus_bleu(references, predictions, weights=[1 / order] * order)
         assert report_scores(rows)[f"bleu_{order}"] == pytest.approx(expected)
 
