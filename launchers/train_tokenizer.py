@@ -32,7 +32,7 @@ from toolkit.training.validation import mean_loss
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
     manifest: str = arg("Folder written by `python -m sharding.prepare`.")
-    decoder: Literal["small", "paper"] = arg("Decoder size: small (0.9 M parameters) trains on a CPU, paper is the size of the authors'.", "small")
+    decoder: Literal["small", "paper"] = arg("Decoder size: small (0.9 M parameters) trains on a CPU, paper (10.6 M) has the width of the authors'.", "small")
     learning_rate: float = arg("Peak learning rate of AdamW.", 2e-3)
     num_train_epochs: float = arg("Passes over the training ECGs.", 5.0)
     per_device_train_batch_size: int = arg("ECGs per rank and micro-batch.", 16)

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--manifest", required=True, type=Path, help="folder written by `python -m sharding.prepare`")
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
     parser.add_argument("--out", required=True, type=Path, help="folder for the shards; it appears when complete")
-    parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (default: %(default)s, about 12 MB)")
+    parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (default: %(default)s, about 11 MB)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace shards that were made from other inputs")
     args = parser.parse_args(argv)

@@ -40,7 +40,7 @@ def answer_tasks(model, tokenizer, vocabulary: ECGVocabulary, samples: list[tupl
             answers[row].append(token)
         if not goes_on.any():
             break
-        if not goes_on.all():  # finished answers leave the batch: reports are five times as long as answers
+        if not goes_on.all():  # finished answers leave the batch: a report is much longer than a yes
             kept = goes_on.nonzero()[:, 0]
             cache.batch_select_indices(kept)
             active, chosen, mask, positions = active[kept], chosen[kept], mask[kept], positions[kept]

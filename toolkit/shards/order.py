@@ -32,7 +32,7 @@ class Data(Protocol):
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)  # 15 ms for n = 800,000
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)  # 58 ms for n = 800,000, once an epoch
 
 
 def sample_at(seed: int, n: int, position: int) -> tuple[int, int]:

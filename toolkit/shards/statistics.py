@@ -4,7 +4,7 @@ import numpy as np
 
 from toolkit.shards.reader import Shards
 
-COUNTED = 50_000  # ECGs: 16 M tokens settle 1,296 frequencies to far below 1 %
+COUNTED = 50_000  # ECGs: 16 M tokens, about 12,000 of each code, settle a frequency to about 1 %
 
 
 def unigram_entropy(train: Shards, valid: Shards, chosen: list[int], codes: int) -> float:

@@ -25,7 +25,7 @@ from toolkit.tokenizer.model import Decoder, Encoder, normalise, quantise
 FORMAT_VERSION = 1
 DECODERS = {  # name: (channels, blocks at the token rate)
     "small": (128, 3),  # 0.9 M parameters: trains on a CPU
-    "paper": (384, 4),  # 5 M parameters, the size of the authors' decoder (4.1 M)
+    "paper": (384, 4),  # 10.6 M parameters, the width (384) of the authors' decoder
 }
 
 
