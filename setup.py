@@ -23,6 +23,9 @@ setup(
         "pyarrow>=16",
         "safetensors>=0.5",
         "tensorboard>=2.17",
+        "fsspec>=2024.2",
+        "filelock>=3.12",
+        "aiohttp>=3.9",  # fsspec's http and https
         "tqdm>=4.66",
         "psutil>=5.9",
         "matplotlib>=3.9",

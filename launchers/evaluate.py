@@ -32,15 +32,16 @@ from toolkit.tasks.prompts import reference_text
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 from toolkit.training.arguments import LaunchArguments, arg, as_record, parse
 from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start
+from toolkit.training.shards import ShardArguments, open_shards
 
 CARDS = 12  # ECGs drawn in the report
 KEPT = ("id", "task", "question_type", "attribute_type", "template_id", "question")
 
 
 @dataclass(kw_only=True)
-class EvaluateArguments(LaunchArguments):
+class EvaluateArguments(ShardArguments, LaunchArguments):
     model: str = arg("Folder written by launchers/instruct.py (an adapter) or launchers/pretrain.py (a model).")
-    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`.")
+    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     split: Literal["train", "valid", "test"] = arg("Split to judge. The blind baseline is always fitted on train.", "test")
     per_device_eval_batch_size: int = arg("ECGs (with all their questions) per rank and batch.", 8)
     max_new_tokens: int = arg("Longest answer or report.", 128)
@@ -50,12 +51,12 @@ class EvaluateArguments(LaunchArguments):
 def main() -> None:
     args = parse(EvaluateArguments, __doc__)
     started = time.time()
-    shards, train = (Shards.open(args.shards, split, kind="tasks") for split in (args.split, "train"))
+    (shards, train), _ = open_shards(args, [args.split, "train"], "tasks")
     dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()) else torch.float32
     model, tokenizer = load_trained(args.model, shards.index, dtype)
     ecg_tokenizer = tokenizer_of(shards)
     ranks, folder = start(), run_folder(args.output_dir)  # before the hours of generation, not after
-    made = {**as_record(args), "shards digest": shards.digest}
+    made = {name: value for name, value in as_record(args).items() if name not in ("shard_cache", "shard_cache_gb")} | {"shards digest": shards.digest}
     if (folder / "metrics.json").is_file() and json.loads((folder / "metrics.json").read_text())["made"] == made:
         if ranks.main:
             print(f"{folder} is complete already")
@@ -120,11 +121,11 @@ def cards(shards: Shards, rows: list[dict], tokenizer: ECGTokenizer) -> list[dic
     """A dozen ECGs evenly spaced over the split, so that the choice flatters nobody."""
     try:
         manifest = read_manifest(shards.index["manifest"])
-        paths = dict(zip(manifest["record_id"], manifest["path"]))
+        recordings = dict(zip(manifest["record_id"], zip(manifest["path"], manifest["start"], manifest["array"])))
     except UserError:  # the shards were moved without their manifest: the report draws reconstructions alone
-        paths = {}
+        recordings = {}
     chosen = sorted({i * len(shards) // CARDS for i in range(CARDS)})
-    return [card(shards, i, [row for row in rows if row["sample"] == i], paths, tokenizer) for i in chosen]
+    return [card(shards, i, [row for row in rows if row["sample"] == i], recordings, tokenizer) for i in chosen]
 
 
 if __name__ == "__main__":

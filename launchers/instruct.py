@@ -22,19 +22,19 @@ from toolkit.lm.backbone import check_stamp, load_backbone, save_stamp
 from toolkit.lm.lora import add_lora, save_adapter
 from toolkit.lm.model import packed_loss
 from toolkit.lm.vocabulary import ecg_vocabulary
-from toolkit.shards.reader import Shards
 from toolkit.tasks.data import TaskData
 from toolkit.tasks.prompts import question_text, reference_text
 from toolkit.training.arguments import TrainingArguments, arg, parse
 from toolkit.training.distributed import launcher, start
 from toolkit.training.loop import RESULTS, Job, train
+from toolkit.training.shards import TrainingShardArguments, open_shards
 from toolkit.training.validation import mean_loss
 
 
 @dataclass(kw_only=True)
-class InstructArguments(TrainingArguments):
+class InstructArguments(TrainingShardArguments, TrainingArguments):
     backbone: str = arg("Folder written by launchers/pretrain.py.")
-    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`.")
+    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 8)
     train_rows: Literal["auto", "all", "none"] = arg("Train the embedding's rows beside LoRA. auto: all if the backbone never saw text (tiny).", "auto")
     lora_r: int = arg("Rank of LoRA.", 16)
@@ -46,7 +46,7 @@ class InstructArguments(TrainingArguments):
 
 def main() -> None:
     args = parse(InstructArguments, __doc__)
-    shards, valid_shards = (Shards.open(args.shards, split, kind="tasks") for split in ("train", "valid"))
+    (shards, valid_shards), skipped = open_shards(args, ["train", "valid"], "tasks")
     stamp = check_stamp(args.backbone, shards.index, "--backbone")
     if not (Path(args.backbone) / RESULTS).is_file():
         raise UserError(f"--backbone: the training of {args.backbone} is not complete; run its launchers/pretrain.py command again")
@@ -83,7 +83,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         save_stamp(folder, shards.index, knows_text=True)
 
-    identity = {"shards digest": shards.digest, "backbone digest": digest(Path(backbone) / RESULTS)}
+    identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": digest(Path(backbone) / RESULTS)}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "instruct")
 
 

@@ -20,13 +20,13 @@ from toolkit.lm import attention
 from toolkit.lm.backbone import STAMP, check_stamp, load_backbone, save_stamp
 from toolkit.lm.model import packed_loss
 from toolkit.lm.vocabulary import extend
-from toolkit.shards.reader import Shards
 from toolkit.shards.statistics import unigram_entropy
 from toolkit.tasks.data import ForecastData
 from toolkit.tasks.prompts import prefix_ids
 from toolkit.training.arguments import TrainingArguments, arg, parse
 from toolkit.training.distributed import launcher, start
 from toolkit.training.loop import Job, train
+from toolkit.training.shards import TrainingShardArguments, open_shards
 from toolkit.training.validation import fixed_subset, mean_loss
 
 WORDS = Path(__file__).resolve().parents[1] / "toolkit" / "lm" / "clinical_words.txt"
@@ -35,16 +35,16 @@ SHOWN, CONTINUED = 100, 24  # tokens given and predicted in the sample shown in 
 
 
 @dataclass(kw_only=True)
-class PretrainArguments(TrainingArguments):
+class PretrainArguments(TrainingShardArguments, TrainingArguments):
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
-    shards: str = arg("Token shards written by `python -m sharding.shard`.")
+    shards: str = arg("Token shards written by `python -m sharding.shard`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     report_targets: Literal["auto", "yes", "no"] = arg("Predict each ECG's report after it as well. auto: if the backbone never saw text (tiny).", "auto")
     learning_rate: float | None = arg("Peak learning rate. Default 0.25 / hidden size: 1e-3 for tiny, 4e-4 for smollm2, 8e-5 for Llama-3.2-3B.", None)
 
 
 def main() -> None:
     args = parse(PretrainArguments, __doc__)
-    shards, valid_shards = (Shards.open(args.shards, split, kind="tokens") for split in ("train", "valid"))
+    (shards, valid_shards), skipped = open_shards(args, ["train", "valid"], "tokens")
     # going on from a model that knows ECG tokens already: they must be these
     stamp = check_stamp(args.backbone, shards.index, "--backbone") if (Path(args.backbone) / STAMP).is_file() else None
     ranks = start()
@@ -85,7 +85,7 @@ def main() -> None:
         tokenizer.save_pretrained(folder)
         save_stamp(folder, shards.index, knows_text)
 
-    identity = {"shards digest": shards.digest}
+    identity = {"shards digest": shards.digest, "skipped shards": skipped}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "pretrain")
 
 

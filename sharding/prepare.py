@@ -1,96 +1,192 @@
 """Read and check every record of a dataset and write its manifest (see sharding/manifest.py).
 
     python -m sharding.prepare ptbxl --root ptb-xl-1.0.3 --out manifests/ptbxl
-    python -m sharding.prepare ptbxl --root ptb-xl-1.0.3 --out manifests/try --limit 100   # two seconds
+    python -m sharding.prepare ptbxl --root ptb-xl-1.0.3 --out manifests/try --limit 100     # two seconds
+    srun -n 8 python -m sharding.prepare mimic --root mimic-iv-ecg --out manifests/mimic     # eight machines share the work
+    python -m sharding.prepare csv --help                                                    # a source's own options
 
-Writes M/manifest.parquet, M/quarantine.jsonl (records left out and why) and M/prepare.json (counts). Made again with the same arguments
-and tables it does nothing. A record costs about 8 ms of one core: PTB-XL three minutes, less by the number of workers.
+Writes M/manifest.parquet, M/quarantine.jsonl (ECGs left out and why) and M/prepare.json (every decision counted). Killed and started again
+it goes on; complete, it says so.
 """
 
 import argparse
-import os
+import hashlib
+import json
 import re
+import shutil
 import time
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
-from sharding.manifest import existing, fingerprint, summarise, summary_table, write_manifest
+from sharding import engine
+from sharding.manifest import FILES, read_summary, summarise, summary_table, write_manifest
+from sharding.reports import clean
 from sharding.sources import SOURCES
-from toolkit.ecg.quality import check
-from toolkit.ecg.records import RecordError, read_record
+from sharding.splits import assign
+from toolkit.ecg.quality import read_checked
+from toolkit.ecg.records import RecordError, windows
 from toolkit.errors import UserError, exit_2_on_user_error
 
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+PART, CHUNK = 4096, 64  # records that end with a completion file; records that a process checks at a time
+NOT_IDENTITY = ("out", "rank", "world_size", "workers", "overwrite")  # arguments that do not change the manifest
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m sharding.prepare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("source", choices=sorted(SOURCES), help="the dataset")
-    parser.add_argument("--root", type=Path, required=True, help="the dataset's folder, as downloaded (or the one above it)")
-    parser.add_argument("--out", type=Path, required=True, help="the manifest's folder, made whole or not at all")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=positive, default=cores, help="processes (default: %(default)s); the result is the same")
-    parser.add_argument("--limit", type=positive, help="only the first LIMIT records of the table")
-    parser.add_argument("--overwrite", action="store_true", help="make it again, in place of the manifest that --out holds")
-    return parser.parse_args(argv)
+    parser = argparse.ArgumentParser("python -m sharding.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for child in add_sources(parser):
+        child.add_argument("--out", type=Path, required=True, help="the manifest's folder")
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
 
 
-def check_record(path: str) -> tuple[list[str], str, str]:
-    """(flags, '', '') of a record that passes, else ([], reason, message)."""
-    try:
-        return check(read_record(path))[1], "", ""
-    except RecordError as error:
-        return [], error.reason, error.message
+def add_sources(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """One subcommand a source, with the options all sources share and its own."""
+    commands, children = parser.add_subparsers(dest="source", required=True, metavar="SOURCE", help="the dataset"), []
+    for name, source in SOURCES.items():
+        summary = source.__doc__.strip().splitlines()[0]
+        child = commands.add_parser(name, help=summary, description=source.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        child.add_argument("--root", type=Path, required=True, help="the dataset's folder, as downloaded")
+        own = [source.OWN_SPLIT] if source.OWN_SPLIT else []
+        choices = "the dataset's own, " * bool(own) + "7:1:2 by hash of the patient, or ECG-QA's official one"
+        default = f"{own[0]} where all records have it, else hash" if own else "hash"
+        child.add_argument("--split", choices=[*own, "hash", "ecgqa"], help=f"patient-level split: {choices} (default: {default})")
+        child.add_argument("--ecgqa", type=Path, help="for --split ecgqa: ECG-QA's folder of this dataset, such as ecgqa/ptbxl")
+        child.add_argument("--split_salt", default="heartspeed", help="another word gives another --split hash (default: %(default)s)")
+        child.add_argument("--windows", choices=["first", "middle", "all"], default="first", help="10 s windows of a longer record (default: %(default)s)")
+        child.add_argument(
+            "--qc", choices=["drop", "flag"], default="drop",
+            help="whether a flat, missing or saturated lead or an impossible amplitude quarantines the ECG or only flags it (default: %(default)s); "
+            "a gap of over 100 ms always quarantines",
+        )  # fmt: skip
+        child.add_argument(
+            "--keep_boilerplate", action="store_true", help="keep machine phrases in reports, such as 'unconfirmed report' (sharding/reports.py lists them)"
+        )
+        child.add_argument("--min_report_words", type=int, default=1, metavar="N", help="shorter reports count as none (default: %(default)s)")
+        child.add_argument("--limit", type=int, help="only the first LIMIT records of the table")
+        engine.add_arguments(child)
+        if hasattr(source, "add_arguments"):
+            source.add_arguments(child.add_argument_group(f"options of {name}"))
+        children.append(child)
+    return children
 
 
-def check_all(paths: list[str], workers: int) -> list[tuple[list[str], str, str]]:
-    """`check_record` of every path, in the order of `paths`."""
-    with ProcessPoolExecutor(min(workers, len(paths))) as pool:
-        return list(tqdm(pool.map(check_record, paths, chunksize=16), total=len(paths), unit=" ECGs", disable=None))
+def check_arguments(args: argparse.Namespace) -> None:
+    engine.check_arguments(args)
+    if not args.root.is_dir():
+        raise UserError(f"--root {args.root} is no folder: name the folder of the {args.source} download")
+    if (args.split == "ecgqa") != (args.ecgqa is not None):
+        raise UserError("--ecgqa: goes with --split ecgqa, and only with it")
+    if args.limit is not None and args.limit < 1:
+        raise UserError("--limit: must be at least 1")
 
 
 @exit_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    start = time.perf_counter()
-    if not args.root.is_dir():
-        raise UserError(f"--root {args.root} is no folder: name the folder of the {args.source} download")
-    source = SOURCES[args.source]
-    tables = [fingerprint(path) for path in source.tables(args.root)]
-    arguments = {"source": args.source, "root": str(args.root.resolve()), "limit": args.limit, "tables": tables}
-    if done := existing(args.out, arguments, args.overwrite):
-        print(f"{args.out} is complete: {done['kept']} ECGs, same arguments and tables (--overwrite makes it again)")
-        return
+    prepare(parse(argv))
 
-    rows = list(islice(source.rows(args.root), args.limit))
+
+def prepare(args: argparse.Namespace) -> bool:
+    """Make the manifest; returns whether it is complete, which it is not while other ranks still work."""
+    started = time.perf_counter()
+    rows, split_counts = read_rows(args)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode())
+    said = {name: value if isinstance(value, int | None) else str(value) for name, value in sorted(vars(args).items()) if name not in NOT_IDENTITY}
+    arguments = {**said, "root": str(args.root.resolve()), "rows": digest.hexdigest()[:16]}
+    folder = engine.claim(args.out, arguments, FILES, args)
+    if (done := read_summary(args.out)).get("arguments") == arguments:
+        print(f"{args.out} is complete: {done['kept']} ECGs, same arguments and tables (--overwrite makes it again)")
+        return True
+
+    starts = range(0, len(rows), PART)
+    files = {start: folder / f"records-{start // PART:06d}.json" for start in starts}
+    mine = engine.share(list(starts), args.rank, args.world_size)
+    todo = [start for start in mine if not files[start].exists()]
+    sizes = {start: len(rows[start : start + PART]) for start in starts}
+    bar = engine.progress(sum(sizes[s] for s in mine), sum(sizes[s] for s in mine if s not in todo), "check")
+    chunks = ((start, c) for start in todo for c in range(start, start + sizes[start], CHUNK))
+    work = ([(row["path"], row["array"], row["report"]) for row in rows[c : min(c + CHUNK, start + PART)]] for start, c in chunks)
+    options = {"which": args.windows, "qc": args.qc, "boilerplate": not args.keep_boilerplate, "min_words": args.min_report_words}
+    checked = engine.ordered_map(partial(check_records, **options), work, args.workers)
+    with bar:
+        for start in todo:
+            results = []
+            while len(results) < sizes[start]:
+                results += (chunk := next(checked))
+                bar.update(len(chunk))
+            engine.sweep(folder, files[start].name)
+            engine.save(files[start], json.dumps(results), args.out)
+
+    missing = [start for start in starts if not files[start].exists()]
+    if missing:
+        print(f"{args.out}: rank {args.rank} is done; {len(missing)} of {len(files)} parts are still with other ranks (of {args.world_size})")
+        return False
+    results = [result for start in starts for result in json.loads(files[start].read_text())]
+    kept, quarantine = sort_out(rows, results)
+    if len({row["key"] for row in kept}) < len(kept):
+        raise UserError(f"--root {args.root}: a record is called like a window of another (KEY_w1): rename it")
+    if not kept:
+        shutil.rmtree(folder)  # what is wrong will be put right, and then the records must be looked at again
+        raise UserError(
+            f"--root {args.root}: none of {len(rows)} records can be used: look at the first ({quarantine[0]['reason']}: {quarantine[0]['message']})"
+        )
+    seconds = round(time.perf_counter() - started, 1)
+    summary = {"arguments": arguments, "records": len(rows), **summarise(kept, quarantine), "split": split_counts, "seconds": seconds}
+    engine.guarded(args.out, write_manifest, args.out, kept, quarantine, summary)
+    print(f"{args.out}: {summary['kept']} of {summary['ecgs']} ECGs kept, {summary['reports']} with a report, {seconds} s")
+    print(summary_table(summary))
+    return True
+
+
+def read_rows(args: argparse.Namespace) -> tuple[list[dict], dict]:
+    """The source's rows with their splits, and how the splits came about."""
+    source = SOURCES[args.source]
+    rows = list(islice(source.rows(args.root, args), args.limit))
     if not rows:
-        raise UserError(f"--root {args.root}: {tables[0]['file']} has no rows: download it again")
+        raise UserError(f"--root {args.root}: the {args.source} dataset there has no rows: download it again")
     key, times = Counter(row["key"] for row in rows).most_common(1)[0]
     if times > 1:
-        raise UserError(f"--root {args.root}: {tables[0]['file']} has {times} rows for {key}: remove the duplicates")
+        raise UserError(f"--root {args.root}: {times} rows are called {key}: remove the duplicates")
     assert all(re.fullmatch(r"[A-Za-z0-9_-]+", row["key"]) for row in rows)
+    own = source.OWN_SPLIT if all(row["split"] for row in rows) else None
+    counts = assign(rows, args.split or own or "hash", source.OWN_SPLIT, ecgqa=args.ecgqa, salt=args.split_salt)
+    return rows, counts
 
+
+def check_records(records: list[tuple[str, str, str]], which: str, qc: str, boilerplate: bool, min_words: int) -> list[list]:
+    """Per record (path, array, report) its clean report and its windows, each [start, flags, reason, message]; reason is '' for one that passes."""
+    return [[clean(report, boilerplate=boilerplate, min_words=min_words), check_record(path, array, which, qc)] for path, array, report in records]
+
+
+def check_record(path: str, array: str, which: str, qc: str) -> list[list]:
+    try:
+        starts = windows(path, which, array)
+    except RecordError as error:
+        return [[0.0, [], error.reason, error.message]]
+    checked = []
+    for start in starts:
+        try:
+            checked.append([start, read_checked(path, start, array, qc)[1], "", ""])
+        except RecordError as error:
+            checked.append([start, [], error.reason, error.message])
+    return checked
+
+
+def sort_out(rows: list[dict], results: list[list]) -> tuple[list[dict], list[dict]]:
+    """The manifest's rows and the lines of the quarantine. The n-th window after the first is called KEY_wN."""
     kept, quarantine = [], []
-    for row, (flags, reason, message) in zip(rows, check_all([row["path"] for row in rows], args.workers), strict=True):
-        if reason:
-            quarantine.append({"key": row["key"], "path": row["path"], "reason": reason, "message": message})
-        else:
-            kept.append({**row, "qc": flags})
-    if not kept:
-        first = "{path}: {reason}, {message}".format(**quarantine[0])
-        raise UserError(f"--root {args.root}: none of {len(rows)} records can be used: look at the first ({first})")
-    summary = {"arguments": arguments, **summarise(kept, quarantine), "seconds": round(time.perf_counter() - start, 1)}
-    write_manifest(args.out, kept, quarantine, summary)
-    print(f"{args.out}: {summary['kept']} of {summary['records']} ECGs kept, {summary['reports']} with a report, {summary['seconds']} s")
-    print(summary_table(summary))
+    for row, (report, checked) in zip(rows, results, strict=True):
+        for n, (start, flags, reason, message) in enumerate(checked):
+            key = f"{row['key']}_w{n}" if n else row["key"]
+            if reason:
+                quarantine.append({"key": key, "path": row["path"], "start": start, "reason": reason, "message": message})
+            else:
+                kept.append({**row, "key": key, "start": start, "report": report, "qc": flags})
+    return kept, quarantine
 
 
 if __name__ == "__main__":

@@ -1,46 +1,68 @@
 """Encode every ECG of a manifest into token shards.
 
-python -m sharding.shard --manifest runs/demo/manifest --tokenizer runs/demo/tokenizer --out runs/demo/shards
+    python -m sharding.shard --manifest runs/demo/manifest --tokenizer runs/demo/tokenizer --out runs/demo/shards
+    srun -n 8 python -m sharding.shard --manifest M --tokenizer T --out S      # eight machines share the work; the same bytes
+
+A shard is a stretch of a split's ECGs in order of key and belongs to one rank. Killed and started again, by the same command or on other
+machines, it goes on with the first shard that is not complete. On a CPU the workers read and encode; with a GPU they read and this process encodes.
 """
 
 import argparse
+import io
 import json
-import multiprocessing
-import os
-import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
 
-from sharding.manifest import MANIFEST, SPLITS, read_manifest
-from toolkit.ecg.quality import check
-from toolkit.ecg.records import RecordError, read_record
+from sharding import engine
+from sharding.manifest import MANIFEST, SPLITS, read_manifest, read_summary
+from toolkit.ecg.quality import read_checked
+from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import digest, new_folder
+from toolkit.files import digest, whole_file
 from toolkit.shards.reader import read_index
-from toolkit.shards.writer import write_index, write_split
+from toolkit.shards.writer import INDEX_DTYPE, TOKENIZER_FILES, join_shards, write_index, write_shard
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
-CHUNK = 32  # ECGs that a worker reads and encodes at a time: 7.7 MB of samples
+CHUNK = 64  # ECGs that a worker takes at a time: 15 MB of samples, half a second of encoding on a core, one batch on a GPU
 META = ("source", "record_id", "patient", "split", "report", "labels", "qc", "age", "sex")
+FILES = ("*.tar", "*.index.npy", "index.json", "quarantine.jsonl", "tokenizer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
+    parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (default: %(default)s, about 11 MB)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where to encode: auto (a GPU if there is one), cpu or cuda; each may flip a rare id, so it is part of the configuration",
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sharding.shard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", required=True, type=Path, help="folder written by `python -m sharding.prepare`")
-    parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the shards; it appears when complete")
-    parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (default: %(default)s, about 11 MB)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, one thread each (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that were made from other inputs")
+    parser.add_argument("--out", required=True, type=Path, help="folder for the shards; index.json appears in it when all are complete")
+    add_arguments(parser)
+    engine.add_arguments(parser)
     args = parser.parse_args(argv)
-    if args.workers < 1 or args.shard_size < 1:
-        raise UserError("--workers and --shard_size must be at least 1")
-    manifest = read_manifest(args.manifest)
-    tokenizer = ECGTokenizer.from_pretrained(args.tokenizer)
+    engine.check_arguments(args)
+    shard(args)
+
+
+def shard(args: argparse.Namespace) -> bool:
+    """Make the shards; returns whether all are complete, which they are not while other ranks still work."""
+    if args.shard_size < 1:
+        raise UserError("--shard_size: must be at least 1")
+    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {args.device}: auto, cpu or cuda, and for cuda torch must see a GPU")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    manifest, qc = read_manifest(args.manifest), read_summary(args.manifest)["arguments"]["qc"]
+    tokenizer = ECGTokenizer.from_pretrained(args.tokenizer).to(device)
     once = {
         "kind": "tokens",
         "tokenizer": tokenizer.fingerprint(),
@@ -51,69 +73,171 @@ def main(argv: list[str] | None = None) -> None:
         "manifest": str(args.manifest.resolve()),
         "manifest_digest": digest(args.manifest / MANIFEST),
         "shard_size": args.shard_size,
+        "device": device,
     }
-    if args.out.exists() and any(args.out.iterdir()):
-        made = read_index(args.out, "--out", "so it is no folder of shards and will not be replaced: name a new folder")
-        differs = [key for key, value in once.items() if made.get(key) != value]
-        if made["kind"] != "tokens" or (differs and not args.overwrite):
-            raise UserError(f"--out {args.out}: these shards were made with another {differs[0]}; add --overwrite or name a new folder")
-        if not differs and not args.overwrite:
-            print(f"{args.out} is complete already: {made['encoded']} ECGs")
-            return
+    folder = engine.claim(args.out, once, FILES, args)
+    shards = plan(manifest, args.shard_size)
+    mine = engine.share(list(shards), args.rank, args.world_size)
+    todo = [name for name in mine if not is_complete(args.out, name)]
+    if (args.out / "index.json").is_file() and all(is_complete(args.out, name) for name in shards):
+        print(f"{args.out} is complete already: {read_index(args.out, '--out')['encoded']} ECGs")
+        return True
+    (args.out / "index.json").unlink(missing_ok=True)  # a shard is to be made again
 
-    started, quarantine, splits = time.time(), [], {}
-    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    with new_folder(args.out) as folder, ProcessPoolExecutor(args.workers, spawn, _start, (str(args.tokenizer),)) as pool:
-        bar = tqdm(total=len(manifest), unit="ECG", desc="encode", disable=None)
-        for split in SPLITS:
-            rows = manifest[manifest["split"] == split].sort_values("key").to_dict("records")
-            chunks = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-            results = pool.map(_encode, ([(r["key"], r["path"]) for r in chunk] for chunk in chunks))  # in order, whatever the workers
-            splits[split] = write_split(folder, split, _samples(chunks, results, quarantine, bar), args.shard_size)
-        bar.close()
-        encoded = sum(entry["samples"] for entry in splits.values())
-        if not encoded:
-            raise UserError(
-                f"--manifest {args.manifest}: no ECG could be read ({quarantine[0]['message'] if quarantine else 'it is empty'})"
-            )
-        (folder / "quarantine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in quarantine))
-        shutil.copytree(
-            args.tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns("checkpoint-*", "tensorboard", "latest", "*.jsonl")
-        )
-        write_index(folder, splits, **once, encoded=encoded, quarantined=len(quarantine))
-    seconds = time.time() - started
-    print(f"{encoded} ECGs in {seconds:.1f} s ({encoded / seconds:.0f} ECG/s), {len(quarantine)} quarantined, shards in {args.out}")
+    started, seconds, made = time.perf_counter(), Counter(), 0
+    chunks = [rows[i : i + CHUNK] for rows in map(shards.get, todo) for i in range(0, len(rows), CHUNK)]
+    work = ([(row["key"], row["path"], row["start"], row["array"], qc) for row in chunk] for chunk in chunks)
+    if device == "cpu":
+        results = engine.ordered_map(read_and_encode, work, args.workers, start_encoder, (str(args.tokenizer),))
+    else:
+        results = encoded_here(engine.ordered_map(read, work, args.workers), tokenizer)
+    with engine.progress(sum(len(shards[n]) for n in mine), sum(len(shards[n]) for n in mine if n not in todo), "encode") as bar:
+        for name in todo:
+            quarantine = []
+            engine.sweep(args.out, name)
+            engine.sweep(folder, name)
+            entry, rows = engine.guarded(args.out, write_shard, args.out, name, samples(shards[name], results, quarantine, seconds, bar))
+            engine.guarded(args.out, complete, folder, entry, rows, quarantine)
+            made += entry["samples"]
+    missing = [name for name in shards if not is_complete(args.out, name)]
+    report(made, len(todo), seconds, time.perf_counter() - started, args, device)
+    if missing:
+        print(f"{args.out}: rank {args.rank} is done; {len(missing)} of {len(shards)} shards are still with other ranks (of {args.world_size})")
+        return False
+    engine.guarded(args.out, merge, args.out, folder, list(shards), args.tokenizer, once)
+    print(summary_table(read_index(args.out, "--out")))
+    return True
 
 
-def _start(tokenizer: str) -> None:
-    import torch
+def plan(manifest, shard_size: int) -> dict[str, list[dict]]:
+    """Name of each shard -> its ECGs: stretches of a split in order of key, so that they do not depend on workers or ranks."""
+    shards = {}
+    for split in SPLITS:
+        rows = manifest[manifest["split"] == split].sort_values("key").to_dict("records")
+        shards |= {f"{split}-{i // shard_size:06d}.tar": rows[i : i + shard_size] for i in range(0, len(rows), shard_size)}
+    return shards
 
+
+def is_complete(out: Path, name: str) -> bool:
+    """Whether a shard's completion file is there and its tar as long as that says."""
+    try:
+        entry = json.loads((out / engine.PARTS / f"{name}.json").read_text())["entry"]
+        return not entry["samples"] or (out / name).stat().st_size == entry["bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def start_encoder(tokenizer: str) -> None:
     torch.set_num_threads(1)
     global _tokenizer
     _tokenizer = ECGTokenizer.from_pretrained(tokenizer)
 
 
-def _encode(records: list[tuple[str, str]]) -> tuple[np.ndarray, list[dict]]:
-    """Tokens uint16 [n, 313] of the records that can still be read and pass the quality check, and a line for each that cannot."""
-    ecgs, bad = [], []
-    for key, path in records:
+def read(records: list[tuple]) -> tuple[np.ndarray, list[dict], dict]:
+    """ECGs float32 [n, 12, 5000] of the records (key, path, start, array, qc) that can still be read and pass the quality check, a line for
+    each that cannot, and the seconds it took."""
+    started, bad = time.perf_counter(), []
+    ecgs = list(readable(records, bad))
+    return np.array(ecgs, np.float32).reshape(-1, 12, 5000), bad, {"read": time.perf_counter() - started}
+
+
+def read_and_encode(records: list[tuple]) -> tuple[np.ndarray, list[dict], dict]:
+    """As `read`, but tokens uint16 [n, 313]. One ECG after the other: what was just read is still in the cache."""
+    started, encoding, ids, bad = time.perf_counter(), 0.0, [], []
+    for ecg in readable(records, bad):
+        since = time.perf_counter()
+        ids.append(_tokenizer.encode(ecg))
+        encoding += time.perf_counter() - since
+    took = {"read": time.perf_counter() - started - encoding, "encode": encoding}
+    return np.array(ids, np.uint16).reshape(-1, _tokenizer.tokens_per_ecg), bad, took
+
+
+def readable(records: list[tuple], bad: list[dict]) -> Iterator[np.ndarray]:
+    for key, path, start, array, qc in records:
         try:
-            ecgs.append(check(read_record(path))[0])
+            yield read_checked(path, start, array, qc)[0]
         except RecordError as error:  # the file may have changed since `prepare`: one NaN must never reach the encoder
-            bad.append({"key": key, "path": path, "reason": error.reason, "message": error.message})
-    return (_tokenizer.encode(np.stack(ecgs)) if ecgs else np.zeros((0, _tokenizer.tokens_per_ecg), np.uint16)), bad
+            bad.append({"key": key, "reason": error.reason, "message": error.message})
 
 
-def _samples(chunks, results, quarantine: list[dict], bar: tqdm):
-    """(key, ids [1, 313], json) of each encoded ECG, in manifest order."""
-    for chunk, (ids, bad) in zip(chunks, results):
-        quarantine.extend(bad)
+def encoded_here(results: Iterator, tokenizer: ECGTokenizer) -> Iterator:
+    """Results of `read` encoded in this process; "wait" is the time it had nothing to encode."""
+    while True:
+        started = time.perf_counter()
+        try:
+            ecgs, bad, seconds = next(results)
+        except StopIteration:
+            return
+        arrived = time.perf_counter()
+        ids = tokenizer.encode(ecgs)
+        yield ids, bad, {**seconds, "wait": arrived - started, "encode": time.perf_counter() - arrived}
+
+
+def samples(rows: list[dict], results: Iterator, quarantine: list[dict], seconds: Counter, bar) -> Iterator[tuple[str, np.ndarray, dict]]:
+    """(key, ids [1, 313], json) of each encoded ECG of one shard, in manifest order."""
+    for i in range(0, len(rows), CHUNK):
+        chunk, (ids, bad, took) = rows[i : i + CHUNK], next(results)
+        quarantine += bad
+        seconds.update(took)
         unread = {line["key"] for line in bad}
-        kept = (row for row in chunk if row["key"] not in unread)
-        for row, tokens in zip(kept, ids):
+        for row, tokens in zip((row for row in chunk if row["key"] not in unread), ids, strict=True):
             meta = {name: row[name] for name in META}
             yield row["key"], tokens[None], {**meta, "age": None if row["age"] != row["age"] else row["age"]}
         bar.update(len(chunk))
+
+
+def complete(folder: Path, entry: dict, rows: np.ndarray, quarantine: list[dict]) -> None:
+    """The files that say a shard is complete: its index rows, then its entry."""
+    npy = io.BytesIO()
+    np.save(npy, rows, allow_pickle=False)
+    with whole_file(folder / f"{entry['name']}.npy") as file:
+        file.write(npy.getvalue())
+    engine.save(folder / f"{entry['name']}.json", json.dumps({"entry": entry, "quarantine": quarantine}), folder.parent)
+
+
+def merge(out: Path, folder: Path, names: list[str], tokenizer: Path, once: dict) -> None:
+    """index.json and what goes with it, from the completion files of all shards."""
+    said = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+    splits, quarantine = {}, [line for part in said.values() for line in part["quarantine"]]
+    for split in SPLITS:
+        entries = [said[name]["entry"] for name in names if name.startswith(f"{split}-")]
+        shards = [(entry, np.load(folder / f"{entry['name']}.npy", allow_pickle=False).astype(INDEX_DTYPE)) for entry in entries if entry["samples"]]
+        splits[split] = join_shards(out, split, shards)
+    encoded = sum(entry["samples"] for entry in splits.values())
+    if not encoded:
+        raise UserError(f"--manifest {once['manifest']}: no ECG could be read ({quarantine[0]['message'] if quarantine else 'it is empty'})")
+    for name in names:
+        if not said[name]["entry"]["samples"]:
+            (out / name).unlink(missing_ok=True)  # `webdataset` does not take an empty tar
+    engine.save(out / "quarantine.jsonl", "".join(json.dumps(line) + "\n" for line in quarantine), out)
+    (out / "tokenizer").mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        with whole_file(out / "tokenizer" / name) as copy:
+            copy.write((tokenizer / name).read_bytes())
+    write_index(out, splits, **once, encoded=encoded, quarantined=len(quarantine))
+
+
+def report(made: int, shards: int, seconds: Counter, wall: float, args: argparse.Namespace, device: str) -> None:
+    """What the work of this rank cost."""
+    if not shards:
+        return
+    print(f"{made} ECGs in {shards} shards, {wall:.1f} s ({made / wall:.0f} ECG/s with {args.workers} workers; start included)")
+    if made:
+        per_ecg = {name: 1e3 * seconds[name] / made for name in ("read", "encode")}
+        print(f"  reading and quality {per_ecg['read']:.2f} ms, encoding {per_ecg['encode']:.2f} ms an ECG and process on {device}")
+    if device != "cpu":
+        waits = seconds["wait"] > seconds["encode"]
+        print(
+            f"  the bottleneck is {'reading: more --workers help' if waits else 'encoding'} (waited {seconds['wait']:.1f} s, encoded {seconds['encode']:.1f} s)"
+        )
+
+
+def summary_table(index: dict) -> str:
+    lines = [f"  {'split':<7}{'shards':>7}{'ECGs':>9}{'tokens':>13}{'MB':>9}"]
+    for split, entry in index["splits"].items():
+        size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
+        lines.append(f"  {split:<7}{len(entry['shards']):>7}{entry['samples']:>9,}{entry['tokens']:>13,}{size:>9.1f}")
+    return "\n".join([*lines, f"  {index['quarantined']} quarantined, tokenizer {index['tokenizer']}"])
 
 
 if __name__ == "__main__":

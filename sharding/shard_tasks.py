@@ -2,6 +2,7 @@
 
 python -m sharding.shard_tasks ecgqa --qa runs/demo/data/ecgqa --shards runs/demo/shards --out runs/demo/tasks
 python -m sharding.shard_tasks reports --shards runs/demo/shards --out runs/demo/tasks      # adds to the same folder
+python -m sharding.shard_tasks heartllm --qa rows.json more.json --shards S --out I         # rows of the authors' own release
 
 A task belongs to the split of its ECG in the token shards, whatever folder it was read from: one patient-level split over all tasks.
 Made again, the tasks of the kind that is named are replaced and the others kept; the same inputs give the same bytes.
@@ -12,32 +13,39 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from sharding.reports import clean
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.files import digest, new_folder
 from toolkit.shards.reader import Shards, read_index
 from toolkit.shards.writer import write_index, write_split
 from toolkit.tasks.ecgqa import read_ecgqa
+from toolkit.tasks.heartllm import read_heartllm
 from toolkit.tasks.join import ECGs, join, keep_other_tasks, report_tasks, samples
 
 ONCE = ("tokenizer", "tokens_per_ecg", "codes", "levels", "dims", "manifest", "shard_size")
-KINDS = {"ecgqa": "ecgqa", "reports": "report"}  # argument -> the `task` field
+KINDS = ("ecgqa", "reports", "heartllm")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sharding.shard_tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS, help="ecgqa: questions of --qa; reports: the manifest's report column")
-    parser.add_argument("--qa", type=Path, help="folder with ECG-QA 1.0.2 json files, for example ecgqa/ptbxl/template")
+    parser.add_argument("kind", choices=KINDS, help="ecgqa, heartllm: tasks of --qa; reports: the manifest's report column")
+    parser.add_argument("--qa", type=Path, nargs="+", help="ecgqa: a folder of ECG-QA 1.0.2 json files, such as ecgqa/ptbxl/template; heartllm: json files")
     parser.add_argument("--shards", required=True, type=Path, help="token shards written by `python -m sharding.shard`")
     parser.add_argument("--out", required=True, type=Path, help="folder for the task shards; tasks of the other kind that it holds are kept")
     args = parser.parse_args(argv)
-    if (args.kind == "ecgqa") != (args.qa is not None):
-        raise UserError("--qa: goes with `ecgqa`, and only with it")
+    if (args.kind == "reports") != (args.qa is None):
+        raise UserError("--qa: goes with `ecgqa` and `heartllm`, and only with them")
+    if args.kind == "ecgqa" and len(args.qa) > 1:
+        raise UserError("--qa: one folder, please; every json file below it is read")
     index = read_index(args.shards)
     if args.out.resolve() == args.shards.resolve():
         raise UserError("--out: must be another folder than --shards")
 
     ecgs = ECGs({split: Shards.open(args.shards, split, kind="tokens") for split, entry in index["splits"].items() if entry["samples"]})
-    tasks = read_ecgqa(args.qa) if args.kind == "ecgqa" else report_tasks(ecgs)
+    tasks = {"ecgqa": lambda: read_ecgqa(*args.qa), "heartllm": lambda: read_heartllm(args.qa), "reports": lambda: report_tasks(ecgs)}[args.kind]()
+    for task in tasks:
+        if task["task"] == "report":
+            task["report"] = clean(task["report"])
     joined, counts = join(tasks, ecgs)
     if not counts["joined"]:
         raise UserError(f"--{'qa' if args.qa else 'shards'}: none of {len(tasks)} {args.kind} tasks has its ECG in {args.shards} ({dict(counts)})")
@@ -46,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         made = read_index(args.out, "--out", "name a new folder")
         if made["kind"] != "tasks" or made["made_from"] != made_from:
             raise UserError(f"--out: {args.out} was not made from these --shards, so its tasks may belong to other ECGs or splits; name a new folder")
-        keep_other_tasks({s: Shards.open(args.out, s, "--out") for s, entry in made["splits"].items() if entry["samples"]}, KINDS[args.kind], joined)
+        keep_other_tasks(
+            {s: Shards.open(args.out, s, "--out") for s, entry in made["splits"].items() if entry["samples"]}, {task["task"] for task in tasks}, joined
+        )
 
     with new_folder(args.out) as folder:
         splits = {}

@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from toolkit.errors import UserError
 
@@ -56,8 +58,30 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that becomes `path`, contents and name on the disk, when the block ends, and vanishes when it raises.
+
+    The temporary name is new each time: several ranks may write the same file at once.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file through a temporary name: a reader, or a rerun after a crash, never sees half of it."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write a text file as utf-8, whole or not at all: a reader, or a rerun after a crash, never sees half of it."""
+    with whole_file(path) as file:
+        file.write(text.encode())

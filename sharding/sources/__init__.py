@@ -1,9 +1,16 @@
-"""The datasets `sharding/prepare.py` knows, by name. A source is a module with two functions:
+"""The datasets `sharding/prepare.py` knows: every module of this folder but those named _*. Adding one touches nothing else.
 
-- `tables(root) -> list[Path]`: the tables its rows come from, hashed to tell whether a manifest is up to date; `UserError` if missing.
-- `rows(root) -> Iterator[dict]`: one dict an ECG with the manifest's columns except `qc`, in the order of the tables.
+A source is a module with
+
+- a docstring: its first line is the `--help` of `python -m sharding.prepare NAME`, the rest says what the dataset is and what is taken from it.
+- `OWN_SPLIT: str | None`: what the dataset's own split is called as a choice of --split ("strat_fold" for PTB-XL), None if it publishes none.
+- `rows(root: Path, args: argparse.Namespace) -> Iterator[dict]`: one dict an ECG record, with the manifest's columns (sharding/manifest.py)
+  except `qc` and `start`. `split` is '' where the dataset has none, `report` is its text before cleaning, `patient` = pseudonym(source, number).
+  Keys are unique. Raises `UserError` naming the flag or the file; may print one line on what it left out.
+- `add_arguments(parser)`, only if it has options; `args` holds their values.
 """
 
-from sharding.sources import ptbxl
+import importlib
+import pkgutil
 
-SOURCES = {"ptbxl": ptbxl}
+SOURCES = {name: importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__) if not name.startswith("_")}

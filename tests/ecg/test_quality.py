@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -6,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.ecg.leads import SAMPLES
-from toolkit.ecg.quality import NAN_RUN, check
+from toolkit.ecg.leads import LEADS, SAMPLES
+from toolkit.ecg.quality import FLAT_RANGE, FLAT_WINDOW, NAN_RUN, SATURATED_FROM, SATURATED_RUN, check, read_checked
 from toolkit.ecg.records import RecordError, read_record
 
 DATA = Path(os.environ.get("ECG_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -97,16 +98,108 @@ def test_amplitudes():
     assert reason(sane() / 1000) == "flat_lead"  # V taken for mV
 
 
-def test_saturation_is_flagged():
+def test_saturation_is_found():
     ecg = sane()
     ecg[1, 300:320] = 5.0
-    assert check(ecg)[1] == ["saturated"]
+    assert reason(ecg) == "saturated"
+    assert check(ecg, qc="flag")[1] == ["saturated"]
     ecg = sane()
     ecg[1, 300:319] = -5.0
     assert check(ecg)[1] == []
     ecg = sane()
     ecg[1, -60:] = ecg[3, :60] = 5.0  # PTB-XL's held last value
     assert check(ecg)[1] == []
+    ecg = sane() / 10
+    ecg[1, 300:400] = 0.99  # a long extreme near the median is a quiet baseline
+    assert check(ecg)[1] == []
+
+
+def test_defects_are_quarantined_or_flagged_and_none_twice():
+    ecg = sane()
+    ecg[1, 300:320] = 60.0  # both saturated and impossible
+    ecg[7] = 0.3
+    ecg[11] = 0
+    flagged = ["amplitude", "flat_lead", "missing_lead", "saturated"]
+    out, flags = check(ecg, ["V6"], qc="flag")
+    np.testing.assert_array_equal(out, ecg)
+    assert flags == flagged  # and not high_amplitude
+    for missing, expected in ((["V6"], "missing_lead"), ([], "amplitude")):
+        with pytest.raises(RecordError) as caught:
+            check(ecg, missing)
+        assert caught.value.reason == expected
+    ecg[7] = sane()[7]
+    assert "flat_lead" not in check(ecg, ["V6"], qc="flag")[1]  # a missing lead is not also flat
+    assert "flat_lead" in check(ecg, [], qc="flag")[1]
+
+
+@pytest.mark.parametrize("qc", ["drop", "flag"])
+def test_what_an_encoder_must_never_see_is_an_error_under_both_policies(qc):
+    for value, samples in ((np.nan, NAN_RUN + 1), (np.inf, 1), (-np.inf, 1)):
+        ecg = sane()
+        ecg[2, 100 : 100 + samples] = value
+        with pytest.raises(RecordError) as caught:
+            check(ecg, qc=qc)
+        assert caught.value.reason == "nan"
+
+
+def slow_defects(signal):
+    """Flat and saturated leads by obvious loops."""
+    flat = set()
+    for i, lead in enumerate(signal):
+        if any(np.ptp(lead[at : at + FLAT_WINDOW]) < FLAT_RANGE for at in range(len(lead) - FLAT_WINDOW + 1)):
+            flat.add(LEADS[i])
+    saturated = set()
+    for i, lead in enumerate(signal):
+        for extreme in (lead.max(), lead.min()):
+            runs, at = [], 0
+            while at < len(lead):
+                end = at
+                while end < len(lead) and lead[end] == extreme:
+                    end += 1
+                if end > at and at > 0 and end < len(lead):
+                    runs.append(end - at)
+                at = max(end, at + 1)
+            if runs and max(runs) >= SATURATED_RUN and abs(extreme - np.median(lead)) >= SATURATED_FROM:
+                saturated.add(LEADS[i])
+    return flat, saturated
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_flat_and_saturated_leads_are_those_that_slow_loops_find(data):
+    """Plateaus of about the critical lengths and depths, anywhere in three leads of a possibly padded record."""
+    ecg = sane()
+    body = data.draw(st.sampled_from([SAMPLES, 2500, 3333]))
+    for lead in (0, 5, 11):
+        length = data.draw(st.sampled_from([2400, 2499, 2500, 2501, 4000, 19, 20, 21]))
+        at = data.draw(st.integers(0, max(0, body - length)) | st.just(0) | st.just(max(0, body - length)))
+        end = min(body, at + length)
+        slope = data.draw(st.sampled_from([0.0, 0.0049, 0.0051]))
+        ecg[lead, at:end] = data.draw(st.sampled_from([0.2, 0.9, 3.0])) + np.linspace(0, slope, end - at)
+    ecg[:, body:] = 0
+    flat, saturated = slow_defects(ecg[:, :body])
+    flags = check(ecg, qc="flag")[1]
+    assert ("flat_lead" in flags, "saturated" in flags, "padded" in flags) == (bool(flat), bool(saturated), body < SAMPLES)
+    if flat:
+        with pytest.raises(RecordError, match=f"^lead {', '.join(name for name in LEADS if name in flat)} is flat"):
+            check(ecg)
+
+
+def test_read_checked_reads_and_checks(tmp_path):
+    """A bare array of 8 leads: the four others are zeros and one flag under "flag"; none of the twelve is an error under both."""
+    names = [*LEADS[:2], *LEADS[6:]]
+    np.save(tmp_path / "a.npy", sane()[[0, 1, *range(6, 12)]])
+    array = json.dumps({"sampling_rate": 500, "unit": "mV", "leads": names})
+    ecg, flags = read_checked(tmp_path / "a.npy", array=array, qc="flag")
+    assert flags == ["missing_lead"] and not ecg[2:6].any()
+    np.testing.assert_array_equal(ecg[6:], sane()[6:])
+    for qc, about in (("drop", array), ("flag", array.replace('"I', '"X').replace('"V', '"Y'))):
+        with pytest.raises(RecordError) as caught:
+            read_checked(tmp_path / "a.npy", array=about, qc=qc)
+        assert caught.value.reason == "missing_lead"
+    np.save(tmp_path / "b.npy", np.concatenate([sane(), sane()], axis=1))
+    array = json.dumps({"sampling_rate": 500, "unit": "mV", "leads": LEADS})
+    np.testing.assert_array_equal(read_checked(tmp_path / "b.npy", 4.0, array)[0], np.concatenate([sane()[:, 2000:], sane()[:, :2000]], axis=1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +210,7 @@ def test_what_passes_is_finite_and_differs_only_where_it_was_nan(seed, spots, le
         lead, at = rng.integers(12), rng.integers(SAMPLES)
         ecg[lead, at : at + length] = value
     try:
-        out, flags = check(ecg)
+        out, flags = check(ecg, qc="flag")
     except RecordError as error:
         assert error.reason == "nan" and not np.isfinite(ecg).all()
         return

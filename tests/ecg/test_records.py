@@ -2,6 +2,7 @@ import os
 import pickle
 import shutil
 import tempfile
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import wfdb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import resample_poly
 
 from toolkit.ecg.leads import LEADS, SAMPLES
-from toolkit.ecg.records import RecordError, read_record
+from toolkit.ecg.records import RecordError, read_leads, read_record, windows
 
 DATA = Path(os.environ.get("ECG_DATA", Path(__file__).parents[2] / "../shared/data"))
 STEP = 0.001  # mV: one ADC unit at gain 1000
@@ -78,6 +80,89 @@ def test_other_rates_are_resampled(tmp_path, rate):
 def test_resampling_keeps_an_offset_up_to_the_ends(tmp_path):
     ecg = read_record(write(tmp_path, np.full((12, 1000), 2.0), rate=100))
     np.testing.assert_allclose(ecg, 2.0, atol=0.005)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([100, 250, 257, 360, 1000, 128.5, 499.87, 977]), st.floats(0, 32), st.booleans())
+def test_a_window_is_that_of_the_whole_record_resampled(rate, start, gap):
+    """Noise, so that every sample counts; the whole is resampled by scipy, from the same digital values. A gap elsewhere changes nothing."""
+    signal = np.random.default_rng(1).normal(0, 0.5, (12, int(40 * rate)))
+    begin = round(start * 500)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(folder, signal, rate=rate)
+        ratio = Fraction(500) / Fraction(str(rate))
+        whole = resample_poly(wfdb.rdrecord(path).p_signal.T, ratio.numerator, ratio.denominator, axis=1, padtype="edge")[:, begin : begin + SAMPLES]
+        if gap:
+            before = int((start - 1) * rate)
+            signal[4, : max(before, 0)] = np.nan
+            path = write(folder, signal, rate=rate)
+        np.testing.assert_allclose(read_record(path, start)[:, : whole.shape[1]], whole, atol=2e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40_000), st.sampled_from([100, 250, 257, 500, 1000]))
+def test_windows_by_counting(samples, rate):
+    """Against a walk through the record; every window can be read where the record has 5 s."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "rec")
+        Path(path + ".hea").write_text(f"rec 12 {rate} {samples}\n" + "".join(f"rec.dat 16 1000(0)/mV 16 0 0 0 0 {lead}\n" for lead in LEADS))
+        seconds = Fraction(samples, rate)
+        expected = [10.0 * i for i in range(1000) if seconds - 10 * i >= 5]
+        every, (middle,) = windows(path, "all"), windows(path + ".hea", "middle")
+        assert every == (expected or [0.0])
+        assert windows(path, "first") == [0.0]
+        assert middle == pytest.approx(max(0.0, float(seconds - 10) / 2), abs=0.002) and middle * 500 == pytest.approx(round(middle * 500))
+        Path(path + ".dat").write_bytes(bytes(24 * samples))
+        for start in [*every, middle]:
+            if expected:
+                assert read_record(path, start).shape == (12, SAMPLES)
+            else:
+                assert reason(path) == "too_short"
+
+
+def test_windows_lie_where_they_say(tmp_path):
+    long = waves(seconds=36)
+    path = write(tmp_path, long)
+    assert windows(path, "first") == [0.0] and windows(path, "middle") == [13.0] and windows(path, "all") == [0.0, 10.0, 20.0, 30.0]
+    for start in (0.0, 13.0, 20.0, 1.2345):
+        first = round(start * 500)
+        np.testing.assert_allclose(read_record(path, start), long[:, first : first + SAMPLES], atol=STEP)
+    last = read_record(path, 30.0)
+    np.testing.assert_allclose(last[:, :3000], long[:, 15000:], atol=STEP)
+    assert not last[:, 3000:].any()
+    assert windows(write(tmp_path, waves(seconds=34.9), name="short"), "all") == [0.0, 10.0, 20.0]
+    for start, why in ((31.01, "too_short"), (36.0, "too_short"), (1e8, "too_short"), (-0.1, "unreadable"), (np.nan, "unreadable"), (np.inf, "unreadable")):
+        with pytest.raises(RecordError) as caught:
+            read_record(path, start)
+        assert caught.value.reason == why, start
+    with pytest.raises(RecordError):
+        windows(tmp_path / "absent", "all")
+
+
+def test_missing_leads_are_zeros_and_named(tmp_path):
+    path = write(tmp_path, waves()[[0, 6]], ["I", "V1"])
+    ecg, missing = read_leads(path)
+    assert missing == [lead for lead in LEADS if lead not in ("I", "V1")]
+    np.testing.assert_allclose(ecg[[0, 6]], waves()[[0, 6]], atol=STEP)
+    assert not np.delete(ecg, [0, 6], axis=0).any()
+    with pytest.raises(RecordError, match="no lead I, II"):  # none of the twelve
+        read_leads(write(tmp_path, waves()[:2], ["MLII", "Resp"], name="none"))
+
+
+def test_names_real_files_use(tmp_path):
+    names = ["DI", "Lead II", "ECG III", "ekg_avr", "ECG Lead aVL", "lead_avf", *(f"lead {lead}" for lead in LEADS[6:])]
+    np.testing.assert_allclose(read_record(write(tmp_path, waves(), names)), waves(), atol=STEP)
+    for other in ("MLII", "II modified", "-II", "ECG -II", "ECG"):
+        path = write(tmp_path, waves(), ["I", other, "III", *LEADS[3:]], name="other")
+        assert reason(path) == "missing_lead"
+
+
+def test_impossible_rates_are_unreadable(tmp_path):
+    path = Path(write(tmp_path, waves()))
+    text = path.with_suffix(".hea").read_text()
+    for rate in ("0", "24.9", "100001", "999999999"):
+        path.with_suffix(".hea").write_text(text.replace(" 500 5000", f" {rate} 5000"))
+        assert reason(path) == "unreadable"
 
 
 def test_longer_is_cut_shorter_is_padded_with_zeros(tmp_path):

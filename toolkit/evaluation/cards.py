@@ -6,24 +6,25 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.ecg.plot import draw_ecg
-from toolkit.ecg.quality import check
-from toolkit.ecg.records import RecordError, read_record
+from toolkit.ecg.quality import read_checked
+from toolkit.ecg.records import RecordError
+from toolkit.errors import UserError
 from toolkit.evaluation.metrics import is_correct
 from toolkit.shards.reader import Shards
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
 
-def card(shards: Shards, i: int, rows: list[dict], paths: dict[str, str], tokenizer: ECGTokenizer) -> dict:
+def card(shards: Shards, i: int, rows: list[dict], recordings: dict[str, tuple[str, float, str]], tokenizer: ECGTokenizer) -> dict:
     """One ECG of the report, in the form that `write_report` takes.
 
-    rows: the predictions for sample i; paths: record id -> path of the recordings that are at hand.
+    rows: the predictions for sample i; recordings: record id -> (path, start, array) of those that are at hand, as in a manifest.
     """
     meta = shards.meta(i)
     record = meta["record_ids"][0]
     reconstruction = tokenizer.decode(shards.ids(i)[0])  # z-scores of each lead
     picture = io.BytesIO()
     try:
-        ecg = check(read_record(paths[record]))[0]
+        ecg = read_checked(*recordings[record], "flag")[0]
         mean, std = ecg.mean(-1, keepdims=True), ecg.std(-1, keepdims=True)
         draw_ecg(ecg, picture, reconstruction=reconstruction * std + mean)
         title = f"ECG {record}"
@@ -36,5 +37,8 @@ def card(shards: Shards, i: int, rows: list[dict], paths: dict[str, str], tokeni
 
 
 def tokenizer_of(shards: Shards) -> ECGTokenizer:
-    """The ECG tokenizer that travels with the shards."""
-    return ECGTokenizer.from_pretrained(Path(shards.folder) / "tokenizer", "--shards")
+    """The ECG tokenizer that travels with the shards (to the local mirror of a URL). Raises UserError if it is not the one that made their ids."""
+    tokenizer = ECGTokenizer.from_pretrained(Path(shards.folder) / "tokenizer", "--shards")
+    if tokenizer.fingerprint() != shards.index["tokenizer"]:
+        raise UserError(f"--shards: the ids of {shards.folder} were not made by the tokenizer beside them; copy the folder again")
+    return tokenizer

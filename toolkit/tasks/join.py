@@ -10,19 +10,24 @@ Joined = dict[tuple[str, tuple[str, ...]], list[dict]]  # (split, ECG ids) -> ta
 
 
 class ECGs:
-    """The ECGs of token shards by record id: `place[record id] = (split, index)`, `metas[split][index]`."""
+    """The ECGs of token shards by record id: `place[record id] = (split, index)`; of a record's windows the first."""
 
     def __init__(self, shards: dict[str, Shards]):
-        self.shards = shards
-        self.metas = {split: [reader.meta(i) for i in range(len(reader))] for split, reader in shards.items()}
-        self.place = {meta["record_id"]: (split, i) for split, metas in self.metas.items() for i, meta in enumerate(metas)}
+        self.shards, self.place = shards, {}
+        for split, reader in shards.items():
+            for i in range(len(reader)):
+                self.place.setdefault(reader.meta(i)["record_id"], (split, i))
+
+    def meta(self, record: str) -> dict:
+        split, i = self.place[record]
+        return self.shards[split].meta(i)
 
 
 def report_tasks(ecgs: ECGs) -> list[dict]:
     """One task for each ECG that has a report."""
-    metas = (meta for split in ecgs.metas.values() for meta in split if meta["report"])
+    reports = ((record, ecgs.meta(record)["report"]) for record in ecgs.place)
     kind = {"task": "report", "question_type": "report"}
-    return [{"id": f"report-{m['record_id']}", **kind, "report": m["report"], "ecg_ids": (m["record_id"],)} for m in metas]
+    return [{"id": f"report-{record}", **kind, "report": report, "ecg_ids": (record,)} for record, report in reports if report]
 
 
 def join(tasks: list[dict], ecgs: ECGs) -> tuple[Joined, Counter]:
@@ -36,18 +41,20 @@ def join(tasks: list[dict], ecgs: ECGs) -> tuple[Joined, Counter]:
             counts["left out, its two ECGs are in different splits"] += 1
         elif task["task"] == "ecgqa" and not task["answer"]:
             counts["left out, no answer"] += 1
+        elif task["task"] == "report" and not task["report"]:
+            counts["left out, no report"] += 1
         else:
             joined[splits.pop(), task["ecg_ids"]].append(task)
             counts["joined"] += 1
     return joined, counts
 
 
-def keep_other_tasks(made: dict[str, Shards], kind: str, joined: Joined) -> None:
-    """Add to `joined` the tasks of other kinds than `kind` that task shards made from the same token shards hold."""
+def keep_other_tasks(made: dict[str, Shards], kinds: set[str], joined: Joined) -> None:
+    """Add to `joined` the tasks of other kinds than `kinds` that task shards made from the same token shards hold."""
     for split, reader in made.items():
         for i in range(len(reader)):
             meta = reader.meta(i)
-            kept = [{**task, "ecg_ids": tuple(meta["record_ids"])} for task in meta["tasks"] if task["task"] != kind]
+            kept = [{**task, "ecg_ids": tuple(meta["record_ids"])} for task in meta["tasks"] if task["task"] not in kinds]
             if kept:
                 joined[split, tuple(meta["record_ids"])] += kept
 
@@ -56,12 +63,13 @@ def samples(split: str, joined: Joined, ecgs: ECGs):
     """(key, ids uint16 [n_ecgs, 313], json) of each ECG or pair of ECGs in the split, in order of their ids; tasks in order of kind and id."""
     for ecg_ids, tasks in sorted(((ids, ts) for (s, ids), ts in joined.items() if s == split), key=lambda group: group[0]):
         places = [ecgs.place[e][1] for e in ecg_ids]
-        first = ecgs.metas[split][places[0]]
+        metas = [ecgs.meta(e) for e in ecg_ids]
+        source = metas[0]["source"]
         meta = {
-            "source": first["source"],
+            "source": source,
             "split": split,
             "record_ids": list(ecg_ids),
-            "patients": [ecgs.metas[split][p]["patient"] for p in places],
+            "patients": [meta["patient"] for meta in metas],
             "tasks": [{k: v for k, v in task.items() if k != "ecg_ids"} for task in sorted(tasks, key=lambda t: (t["task"], t["id"]))],
         }
-        yield "_".join([first["source"], *ecg_ids]), np.concatenate([ecgs.shards[split].ids(p) for p in places]), meta
+        yield "_".join([source, *ecg_ids]), np.concatenate([ecgs.shards[split].ids(p) for p in places]), meta

@@ -27,7 +27,10 @@ from toolkit.training.distributed import Ranks, bf16_is_fast, sum_over_ranks
 from toolkit.training.log import RunLog
 
 RESULTS = "train_results.json"  # written last: a run folder that holds it is complete
-FREE = {"output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "max_steps", "num_train_epochs"}
+FREE = {
+    "output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
+    "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
+}  # fmt: skip
 
 
 @dataclass

@@ -1,0 +1,308 @@
+"""What sharding costs, each figure beside its baseline in the same run; medians of several rounds, one thread a process, files in the page cache.
+
+    python benchmarks/sharding.py                         # all, about six minutes on two cores
+    python benchmarks/sharding.py reading path            # parts of it
+    python benchmarks/sharding.py --json sharding.json
+
+Baselines: `wfdb.rdsamp` for reading; for the whole path a re-implementation of the published loop (rdsamp, z-score, encoder called lead by lead in
+batches of 10, as the release does at every training step) with our encoder's weights; for loading, `webdataset` on the same tars.
+Records: the real ones of --data, and what its expand.py makes of them (WFDB format 16, as PTB-XL and MIMIC-IV-ECG are downloaded).
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import wfdb
+from torch import nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # this folder has a sharding.py too
+
+from sharding.shard import read_and_encode, start_encoder
+from toolkit.ecg.leads import LEADS
+from toolkit.ecg.quality import read_checked
+from toolkit.ecg.records import read_record
+from toolkit.shards.order import sample_at
+from toolkit.shards.reader import Shards
+from toolkit.shards.writer import INDEX_DTYPE, join_shards, write_index, write_shard, write_split
+from toolkit.tokenizer.model import LEAKY_SLOPE, Inception
+from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
+
+ROUNDS = 5
+ARCHIVE = 800_000  # ECGs of MIMIC-IV-ECG
+
+
+def seconds(*calls: Callable, rounds: int = ROUNDS) -> list[float]:
+    """The median time of each call over rounds that take turns, after one round to warm up."""
+    times = [[] for _ in calls]
+    for _ in range(rounds + 1):
+        for call, mine in zip(calls, times):
+            started = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - started)
+    return [median(mine[1:]) for mine in times]
+
+
+def reading(data: Path, work: Path) -> list[dict]:
+    """Per form of record: `read_record` against `wfdb.rdsamp`, bit-equal samples."""
+    slow, other = work / "100hz", work / "212"
+    for folder in (slow, other):
+        folder.mkdir()
+    expanded = names(work / "ptbxl_mv", 40)
+    for i, name in enumerate(expanded):
+        record = wfdb.rdrecord(name)
+        common = {"units": record.units, "sig_name": record.sig_name}
+        wfdb.wrsamp(f"{i}", fs=100, p_signal=record.p_signal[::5], fmt=["16"] * 12, adc_gain=[1000.0] * 12, baseline=[0] * 12, write_dir=str(slow), **common)
+        wfdb.wrsamp(
+            f"{i}", fs=500, p_signal=record.p_signal.clip(-10, 10), fmt=["212"] * 12, adc_gain=[200.0] * 12, baseline=[0] * 12, write_dir=str(other), **common
+        )
+    forms = {
+        "format 16, 500 Hz": expanded,
+        "format 16, z-scored": names(work / "ptbxl", 40),
+        "16+24 (.mat, CinC)": names(data / "cinc2021/georgia", 40),
+        "516 (FLAC)": names(data / "ptbxl_mv", 40),
+        "format 212": names(other, 40),
+        "format 16, 100 Hz to 500 Hz": names(slow, 40),
+    }
+    results = []
+    for form, paths in forms.items():
+        equal = None if "to 500" in form else all(np.array_equal(read_record(p), canonical(*wfdb.rdsamp(p)), equal_nan=True) for p in paths)
+        ours, theirs = seconds(lambda p=paths: [read_record(x) for x in p], lambda p=paths: [wfdb.rdsamp(x) for x in p])
+        results.append(
+            {"what": f"read {form}", "ours_ms": 1e3 * ours / len(paths), "baseline": "wfdb.rdsamp", "baseline_ms": 1e3 * theirs / len(paths), "equal": equal}
+        )
+    return results
+
+
+def names(folder: Path, count: int) -> list[str]:
+    headers = sorted(folder.rglob("*.hea"))
+    return [str(header.with_suffix("")) for header in headers[:: max(1, len(headers) // count)][:count]]
+
+
+def canonical(signal: np.ndarray, fields: dict) -> np.ndarray:
+    """rdsamp's result in the form of `read_record`, for records of 500 Hz."""
+    where = {name.upper(): i for i, name in enumerate(fields["sig_name"])}
+    ecg = np.zeros((12, 5000), np.float32)
+    signal = signal[:5000, [where[lead.upper()] for lead in LEADS]].T
+    ecg[:, : signal.shape[1]] = signal
+    return ecg
+
+
+class PublishedEncoder(nn.Module):
+    """The released encoder's shape (kernels 3, 5, 7 and a pooled 1x1, concatenated; five blocks, stride 2 between), for its cost: weights are random."""
+
+    def __init__(self):
+        super().__init__()
+        self.match, self.norms = nn.Conv1d(1, 32, 1, bias=False), nn.ModuleList(nn.GroupNorm(8, 32) for _ in range(5))
+        self.convs = nn.ModuleList(nn.ModuleList(nn.Conv1d(1 if i == 0 else 32, 8, k, padding=k // 2, bias=False) for k in (3, 5, 7, 1)) for i in range(5))
+        self.down = nn.ModuleList(nn.Conv1d(32, 32, 3, 2, 1, bias=False) for _ in range(4))
+        self.to_code = nn.Linear(384, 4)
+
+    def lead(self, x: torch.Tensor) -> torch.Tensor:
+        for i, (convs, norm) in enumerate(zip(self.convs, self.norms)):
+            parts = [conv(x) for conv in convs[:3]] + [convs[3](F.max_pool1d(x, 3, 1, 1))]
+            x = F.leaky_relu(norm(torch.cat(parts, 1) + (x if i else self.match(x))))
+            x = self.down[i](x) if i < 4 else x
+        return x
+
+
+def published_loop(paths: list[str], lead: Callable, to_code: nn.Linear) -> np.ndarray:
+    """Ids of the records as the release computes them: wfdb.rdsamp, z-score per lead in float64, encoder lead by lead, batches of 10."""
+    ids = []
+    for start in range(0, len(paths), 10):
+        signals = [wfdb.rdsamp(path)[0] for path in paths[start : start + 10]]
+        scaled = [(signal - signal.mean(0)) / signal.std(0) for signal in signals]
+        batch = torch.tensor(np.stack(scaled), dtype=torch.float32).permute(0, 2, 1)
+        h = torch.cat([lead(batch[:, i : i + 1]) for i in range(12)], 1)
+        digits = torch.round(torch.sigmoid(to_code(h.transpose(1, 2))) * 5).long()
+        ids.append((digits * 6 ** torch.arange(4)).sum(-1).numpy().astype(np.uint16))
+    return np.concatenate(ids)
+
+
+@torch.no_grad()
+def path(data: Path, work: Path) -> list[dict]:
+    """Read, check, normalise, encode, write: per core, against the published loop and against the encoder alone."""
+    tokenizer_folder, paths = make_tokenizer(work), names(work / "ptbxl", 120)
+    start_encoder(str(tokenizer_folder))
+    tokenizer, published = ECGTokenizer.from_pretrained(tokenizer_folder), PublishedEncoder().eval()
+    records = [(f"k{i:04d}", name, 0.0, "", "drop") for i, name in enumerate(paths)]
+    ecgs = np.stack([read_checked(name)[0] for name in paths])
+
+    def ours() -> np.ndarray:
+        chunks = [read_and_encode(records[i : i + 60]) for i in range(0, len(records), 60)]
+        write_shard(work, "path-000000.tar", ((r[0], ids[None], {}) for r, ids in zip(records, np.concatenate([ids for ids, _, _ in chunks]))))
+        return np.concatenate([ids for ids, _, _ in chunks])
+
+    def separate(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Our blocks as the release would run them: each kernel a convolution of its own."""
+        if not isinstance(block, Inception):
+            return block(x)
+        return F.leaky_relu(block.norm(sum(conv(x) for conv in block.convs)), LEAKY_SLOPE) + x
+
+    def lead(x: torch.Tensor) -> torch.Tensor:
+        for block in tokenizer.encoder.stages:
+            x = separate(block, x)
+        return x
+
+    differ = int((ours() != published_loop(paths, lead, tokenizer.encoder.to_code)).sum())
+    calls = (
+        ours,
+        lambda: published_loop(paths, lead, tokenizer.encoder.to_code),
+        lambda: published_loop(paths[:40], published.lead, published.to_code),
+        lambda: tokenizer.encode(ecgs),
+        lambda: [read_checked(name) for name in paths],
+    )
+    whole, loop, release, encoder, read = seconds(*calls, rounds=3)
+    n = len(paths)
+    mine = {"what": "whole path, ECG/s on a core", "ours_per_s": n / whole}
+    return [
+        {**mine, "baseline": "published loop, our weights", "baseline_per_s": n / loop, "ids_that_differ": f"{differ} of {n * 313}"},
+        {**mine, "baseline": "published loop, its own encoder (other ids)", "baseline_per_s": 40 / release},
+        {**mine, "baseline": "our encoder alone, arrays in memory", "baseline_per_s": n / encoder},
+        {"what": "read + quality, ECG/s on a core", "ours_per_s": n / read, "baseline": "our encoder alone, arrays in memory", "baseline_per_s": n / encoder},
+    ]
+
+
+def make_tokenizer(work: Path) -> Path:
+    folder = work / "tokenizer"
+    if not folder.exists():
+        torch.manual_seed(0)
+        ECGTokenizer(TokenizerConfig()).save_pretrained(folder)
+    return folder
+
+
+def loading(data: Path, work: Path) -> list[dict]:
+    """Random-order samples of local shards against `webdataset` reading the same tars from end to end."""
+    import webdataset
+
+    n, rng, folder = 8192, np.random.default_rng(0), work / "loading"
+    folder.mkdir()
+    meta = {
+        "source": "ptbxl",
+        "record_id": "17",
+        "patient": "0" * 16,
+        "split": "train",
+        "report": "sinus rhythm. normal ecg. " * 3,
+        "labels": ["NORM", "SR"],
+        "qc": [],
+    }
+    split = write_split(folder, "train", ((f"k{i:06d}", rng.integers(0, 1296, (1, 313)).astype(np.uint16), meta) for i in range(n)), 4096)
+    write_index(folder, {"train": split}, kind="tokens", codes=1296)
+    shards, order, urls = Shards.open(folder, "train"), rng.permutation(n).tolist(), sorted(map(str, folder.glob("*.tar")))
+
+    def wds(*only: str) -> int:
+        return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False, select_files=lambda name: name.endswith(only)).decode())
+
+    calls = (
+        lambda: [shards.ids(i) for i in order],
+        lambda: wds(".npy"),
+        lambda: [(shards.ids(i), shards.meta(i)) for i in order],
+        lambda: wds(".npy", ".json"),
+    )
+    ids, wds_ids, both, wds_both = (1e6 * s / n for s in seconds(*calls))
+    return [
+        {"what": "load ids, random order", "ours_us": ids, "baseline": "webdataset, in order", "baseline_us": wds_ids},
+        {"what": "load ids and json, random order", "ours_us": both, "baseline": "webdataset, in order", "baseline_us": wds_both},
+    ]
+
+
+def opening(data: Path, work: Path) -> list[dict]:
+    """Opening 800,000 samples and seeking to a position deep in the third epoch; tars are sparse files of the real size."""
+    folder, size, rng = work / "opening", 4096, np.random.default_rng(0)
+    folder.mkdir()
+    shards = []
+    for k, start in enumerate(range(0, ARCHIVE, size)):
+        n = min(size, ARCHIVE - start)
+        rows = np.zeros(n, INDEX_DTYPE)
+        rows["ids_offset"], rows["n_ecgs"], rows["n_tokens"] = np.arange(n) * 2560 + 640, 1, 313
+        entry = {"name": f"train-{k:06d}.tar", "samples": n, "tokens": n * 313, "bytes": n * 2560 + 10240, "sha256": "0" * 64}
+        with open(folder / entry["name"], "wb") as tar:
+            tar.truncate(entry["bytes"])
+        shards.append((entry, rows))
+    write_index(folder, {"train": join_shards(folder, "train", shards)}, kind="tokens", codes=1296)
+    positions = rng.integers(2 * ARCHIVE, 3 * ARCHIVE, ROUNDS).tolist()
+
+    def begin() -> None:
+        reader, (_, i) = Shards.open(folder, "train"), sample_at(int(rng.integers(1 << 30)), ARCHIVE, positions[0])
+        reader.ids(i)
+
+    [took] = seconds(begin)
+    return [{"what": "open 800,000 samples, seek, first sample", "ours_s": took, "baseline": "the limit", "baseline_s": 1.0}]
+
+
+def scaling(data: Path, work: Path) -> list[dict]:
+    """`sharding.shard` as a user runs it, 1 and 2 workers, start included; what 800,000 ECGs cost at that rate."""
+    tokenizer, rates = make_tokenizer(work), []
+    prepare = [sys.executable, "-m", "sharding.prepare", "ptbxl", "--root", work / "ptbxl", "--out", work / "manifest"]
+    subprocess.run(list(map(str, prepare)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    n = json.loads((work / "manifest/prepare.json").read_text())["kept"]
+    for workers in (1, 2):
+        command = [sys.executable, "-m", "sharding.shard", "--manifest", work / "manifest", "--tokenizer", tokenizer, "--workers", workers, "--shard_size", 256]
+
+        def once(command=command, workers=workers) -> None:
+            with tempfile.TemporaryDirectory(dir=work) as out:
+                subprocess.run([*map(str, command), "--out", f"{out}/{workers}"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+        rates.append(n / seconds(once, rounds=2)[0])
+    one, two = rates
+    hours = [ARCHIVE / rate / 3600 for rate in rates]
+    return [{"what": f"sharding.shard, {n} ECGs, 2 workers, ECG/s", "ours_per_s": two, "baseline": "1 worker", "baseline_per_s": one,
+             "hours_for_800000": f"{hours[1]:.1f} with 2 workers, {hours[0]:.1f} with 1"}]  # fmt: skip
+
+
+PARTS = {part.__name__: part for part in (reading, path, loading, opening, scaling)}
+
+
+def line(result: dict) -> str:
+    unit = next(key.removeprefix("ours_") for key in result if key.startswith("ours_"))
+    ours, baseline = result[f"ours_{unit}"], result[f"baseline_{unit}"]
+    ratio = ours / baseline if unit == "per_s" else baseline / ours
+    more = "".join(f"; {k.replace('_', ' ')}: {v}" for k, v in result.items() if k in ("equal", "ids_that_differ", "hours_for_800000") and v is not None)
+    return f"{result['what']:<44}{ours:>10.3f} {unit:<6}{baseline:>10.3f}  {ratio:>7.2f}x  of {result['baseline']}{more}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"what to measure, of {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("ECG_DATA", ROOT.parent / "shared/data")), help="real records and expand.py (default: %(default)s)"
+    )
+    parser.add_argument("--records", type=int, default=800, help="records of ptbxl to expand (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(unknown)}")
+    if not (args.data / "expand.py").is_file():
+        parser.error(f"--data {args.data}: no expand.py there; set ECG_DATA")
+    torch.set_num_threads(1)
+    cpu = next((text.split(":")[1].strip() for text in Path("/proc/cpuinfo").read_text().splitlines() if text.startswith("model name")), platform.machine())
+    print(
+        f"{cpu}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, wfdb {wfdb.__version__}; load {os.getloadavg()[0]:.1f} at the start",
+        flush=True,
+    )
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        subprocess.run([sys.executable, args.data / "expand.py", work, str(args.records)], check=True)
+        for part in args.parts or PARTS:
+            for result in PARTS[part](args.data, work):
+                results.append(result)
+                print(line(result), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""What `prepare` and `shard` share: work cut into parts, over the cores of a machine and the ranks of a cluster.
+
+A part (a shard, or some thousand records to check) belongs to one rank and ends with a completion file in OUT/parts/, which is written last. A
+rerun skips what is complete, whatever the number of workers and ranks is now. Which rank finds the last part complete merges; two that
+find it at once write the same bytes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from tqdm import tqdm
+
+from toolkit.errors import UserError
+from toolkit.files import write_text
+
+PARTS = "parts"
+WITHOUT_TERMINAL = 60  # seconds between lines of progress in a log file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    env = os.environ.get
+    if "SLURM_PROCID" in os.environ:  # within srun the step's tasks, which may be fewer than the job's
+        rank, world = env("SLURM_PROCID"), env("SLURM_STEP_NUM_TASKS") or env("SLURM_NTASKS", "1")
+    else:
+        rank, world = env("RANK", "0"), env("WORLD_SIZE", "1")
+    parser.add_argument(
+        "--workers", type=int, default=cores, help="processes on this machine, one thread each (default: its cores, %(default)s); the bytes are the same"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=int(rank), help="number of this machine among --world_size that share the work (default: SLURM_PROCID or RANK, else 0)"
+    )
+    parser.add_argument(
+        "--world_size", type=int, default=int(world), help="machines that run this command on the same --out (default: SLURM_NTASKS or WORLD_SIZE, else 1)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="begin anew, in place of what --out holds")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if args.workers < 1:
+        raise UserError("--workers: must be at least 1")
+    if not 0 <= args.rank < args.world_size:
+        raise UserError(f"--rank {args.rank}: must be 0 to {args.world_size - 1}, one less than --world_size")
+    if args.overwrite and args.world_size > 1:
+        raise UserError("--overwrite: one rank would delete what another has begun; delete --out before you start several ranks")
+
+
+def claim(out: Path, arguments: dict, files: tuple[str, ...], args: argparse.Namespace) -> Path:
+    """The folder of completion files in `out`, for work with these `arguments`; `files` are the patterns of what `out` may hold.
+
+    Raises `UserError` naming --out if it cannot be written, holds something else, or work begun with other arguments.
+    """
+    parts = out / PARTS
+    said = parts / "arguments.json"
+    try:
+        if out.exists():
+            if not out.is_dir():
+                raise UserError(f"--out {out} is a file: name a new folder")
+            foreign = [p.name for p in sorted(out.iterdir()) if not any(p.match(pattern) for pattern in (*files, PARTS, ".*.partial"))]
+            if foreign:
+                raise UserError(f"--out {out} holds {foreign[0]}, which this program did not write: name a new folder")
+            if args.world_size == 1:
+                sweep(out, "")
+                sweep(parts, "")
+            if args.overwrite:
+                for path in out.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif any(out.iterdir()):
+                before = _read(said)
+                differs = [name for name in arguments if before.get(name) != arguments[name]]
+                if differs:
+                    was = f", {before[differs[0]]!r} and not {arguments[differs[0]]!r}" if differs[0] in before else ""
+                    raise UserError(f"--out {out} was made with another {differs[0]}{was}: name a new folder or add --overwrite")
+                return parts
+        parts.mkdir(parents=True, exist_ok=True)
+        write_text(said, json.dumps(arguments, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    return parts
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove what killed runs left of a file (of all files for ''); nobody else may be writing it."""
+    for path in folder.glob(f".{name}*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def guarded(out: Path, write: Callable, *args):
+    """Call write(*args); a full disk or a folder that cannot be written becomes a `UserError` naming --out."""
+    try:
+        return write(*args)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}; mend that and run the same command again, it goes on from here") from error
+
+
+def save(path: Path, text: str, out: Path) -> None:
+    """Write a completion file."""
+    guarded(out, write_text, path, text)
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError):
+        return {}
+
+
+def share(parts: list, rank: int, world_size: int) -> list:
+    """The parts of one rank. Every w-th and not a stretch: the last parts of a split are short."""
+    return parts[rank::world_size]
+
+
+def ordered_map(work: Callable, items: Iterable, workers: int, start: Callable | None = None, arguments: tuple = ()) -> Iterator:
+    """`map(work, items)` over processes: results in the order of the items, only a few items ahead of what is consumed.
+
+    start(*arguments) is called once in every process. One worker is this process itself.
+    """
+    if workers == 1:
+        if start:
+            start(*arguments)
+        yield from map(work, items)
+        return
+    pending = deque()
+    spawn = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (start, arguments)) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(work, item))
+                if len(pending) >= 3 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("--workers: a worker process was killed, most likely for lack of memory: run the same command with fewer") from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start_worker(start: Callable | None, arguments: tuple) -> None:
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    # A pool's worker does not notice that its parent was killed: it would wait for work for ever.
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    if start:
+        start(*arguments)
+
+
+def progress(total: int, done: int, desc: str) -> tqdm:
+    """A bar with ECG/s and the time left; in a log file, a line a minute."""
+    terminal = sys.stderr.isatty()
+    pace = {} if terminal else {"mininterval": WITHOUT_TERMINAL, "maxinterval": WITHOUT_TERMINAL, "delay": WITHOUT_TERMINAL, "ascii": True}
+    return tqdm(total=total, initial=done, desc=desc, unit=" ECGs", smoothing=0.05, **pace)
