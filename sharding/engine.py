@@ -66,16 +66,17 @@ def claim(out: Path, arguments: dict, files: tuple[str, ...], args: argparse.Nam
         if out.exists():
             if not out.is_dir():
                 raise UserError(f"--out {out} is a file: name a new folder")
-            foreign = [p.name for p in sorted(out.iterdir()) if not any(p.match(pattern) for pattern in (*files, PARTS, ".*.partial"))]
-            if foreign:
-                raise UserError(f"--out {out} holds {foreign[0]}, which this program did not write: name a new folder")
             if args.world_size == 1:
-                sweep(out, "")
-                sweep(parts, "")
+                for path in out.rglob(".*.partial"):
+                    path.unlink(missing_ok=True)
+            begun = said.exists()  # written first: without it nothing here is ours but an empty folder of a run killed in its first moment
+            names = [path.name for path in sorted(out.iterdir()) if not any(path.match(pattern) for pattern in (*files, PARTS, ".*.partial") * begun)]
+            if names and names != [PARTS]:
+                raise UserError(f"--out {out} holds {names[0]}, which this program did not write: name a new folder")
             if args.overwrite:
                 for path in out.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif any(out.iterdir()):
+            elif begun:
                 before = _read(said)
                 differs = [name for name in arguments if before.get(name) != arguments[name]]
                 if differs:
@@ -90,7 +91,7 @@ def claim(out: Path, arguments: dict, files: tuple[str, ...], args: argparse.Nam
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Remove what killed runs left of a file (of all files for ''); nobody else may be writing it."""
+    """Remove what killed runs left of a file that this rank alone writes."""
     for path in folder.glob(f".{name}*.partial"):
         path.unlink(missing_ok=True)
 

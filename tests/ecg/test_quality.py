@@ -175,7 +175,8 @@ def test_flat_and_saturated_leads_are_those_that_slow_loops_find(data):
         at = data.draw(st.integers(0, max(0, body - length)) | st.just(0) | st.just(max(0, body - length)))
         end = min(body, at + length)
         slope = data.draw(st.sampled_from([0.0, 0.0049, 0.0051]))
-        ecg[lead, at:end] = data.draw(st.sampled_from([0.2, 0.9, 3.0])) + np.linspace(0, slope, end - at)
+        shape = data.draw(st.sampled_from([np.linspace(0, slope, end - at), slope * (np.arange(end - at) % 2)]))
+        ecg[lead, at:end] = data.draw(st.sampled_from([0.2, 0.9, 3.0])) + shape
     ecg[:, body:] = 0
     flat, saturated = slow_defects(ecg[:, :body])
     flags = check(ecg, qc="flag")[1]

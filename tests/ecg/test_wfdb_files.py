@@ -120,7 +120,7 @@ def test_flac_as_wfdb_reads_it(form, samples, cut, gain):
 
 
 @pytest.mark.parametrize(
-    ("form", "bits", "ours"), [("16", 16, True), ("16x1", 16, False), ("16:0", 16, False), ("16:3", 16, False), ("80", 8, False), ("32", 16, False)]
+    ("form", "bits", "ours"), [("16", 16, True), ("16x1", 16, True), ("16:0", 16, True), ("16:3", 16, False), ("80", 8, False), ("32", 16, False)]
 )
 def test_other_forms_are_left_to_wfdb(tmp_path, form, bits, ours):
     values = digital(0, 5000, bits=bits)
@@ -243,7 +243,7 @@ def test_no_message_names_a_folder_a_date_or_the_files_text(tmp_path):
     path = write(folder, [("16", digital(0, 5000))], lines=fields(), name="40689238")
     header = path.with_suffix(".hea")
     text = header.read_text() + "# <subject_id>: 10000032\n"
-    dated = text.replace(" 500 5000", " 500 5000 99:99 31/31/2156").replace(".dat 16", ".dat 16x1")  # the package quotes the date
+    dated = text.replace(" 500 5000", " 500 5000 99:99 31/31/2156").replace(".dat 16", ".dat 16:3")  # the package quotes the date
     for content in (text.replace(".dat 16", ".dat 999"), text.replace("40689238_0.dat", "nothing.dat"), dated, "", "\0"):
         header.write_text(content)
         assert not any(word in refusal(path) for word in ("10000032", "2156", "99:99", str(tmp_path)))
@@ -295,6 +295,8 @@ def test_micro_signs_are_understood(tmp_path):
     values = digital(0, 5000)
     path = write(tmp_path, [("16", values)], lines=fields("2(0)/µV"))
     text = path.with_suffix(".hea").read_text()
-    for encoding in ("utf-8", "latin-1"):
-        path.with_suffix(".hea").write_text(text, encoding=encoding)
+    greek = text.replace("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
+    assert greek != text
+    for content in (text.encode(), text.encode("latin-1"), greek.encode()):
+        path.with_suffix(".hea").write_bytes(content)
         np.testing.assert_allclose(read_record(path), values.T / 2000, rtol=1e-6)

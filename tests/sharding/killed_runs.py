@@ -53,7 +53,7 @@ def main(root: str, tokenizer: str, out: Path, kills: int) -> None:
     rng, killed, seen = random.Random(0), {"prepare": 0, "shard": 0}, []
     while killed["shard"] < kills:
         shutil.rmtree(out, ignore_errors=True)
-        while attempt(lambda: prepare.main(make_manifest), rng.uniform(0.0, 0.15)):
+        while attempt(lambda: prepare.main(make_manifest), rng.uniform(0.0, 0.05)):
             killed["prepare"] += 1
         while attempt(lambda: shard.main(make_shards), rng.uniform(0.0, 0.4)):
             killed["shard"] += 1

@@ -16,6 +16,7 @@ import torch
 
 from sharding import archive, engine, prepare, shard
 from sharding.manifest import read_manifest
+from tests.sharding.pool_work import work
 from tests.sharding.test_prepare import record, table
 from tests.sharding.test_prepare import signal as random_walk
 from toolkit.ecg.quality import read_checked
@@ -138,14 +139,14 @@ def test_workers_end_with_a_killed_parent_and_a_rerun_goes_on(made, tmp_path):
     out, command = tmp_path / "s", [sys.executable, "-m", "sharding.shard"]
     process = subprocess.Popen([*command, *arguments(made, out, workers=2)], cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 60
-    while not list(out.glob("*.tar")) and process.poll() is None and time.time() < deadline:
+    while not list(out.glob("parts/*.tar.json")) and process.poll() is None and time.time() < deadline:
         time.sleep(0.005)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and workers and not (out / "index.json").exists()
     _, alive = psutil.wait_procs(workers, timeout=20)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar") if (out / f"parts/{path.name}.json").exists()}
     shard.main(arguments(made, out))
     assert sha256(out) == sha256(made / "shards")
     assert before and all(path.stat().st_mtime_ns == t for path, t in before.items())  # what was complete was not made again
@@ -226,14 +227,6 @@ def test_mistakes_name_the_argument(made, tmp_path):
     assert "holds thesis.txt, which this program did not write" in message(out=tmp_path)
     assert "holds thesis.txt" in message("--overwrite", out=tmp_path) and (tmp_path / "thesis.txt").exists()
     assert sha256(made / "shards")  # still there
-
-
-def work(item):
-    if item == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if item == "fail":
-        raise UserError("--x: said by a worker")
-    return item * 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -26,10 +26,10 @@ RECORD_LINE = re.compile(
     r"(?: [ \t]+ (?P<rate>\d{1,9}(?:\.\d*)?) (?:/-?[\d.]+(?:\(-?[\d.]+\))?)? (?: [ \t]+ (?P<samples>\d{1,15}) (?:[ \t].*)? )? )?",
     re.VERBOSE | re.ASCII,
 )
-# FILE FORMAT[+OFFSET] [GAIN[(BASELINE)][/UNIT] [RESOLUTION [ZERO [FIRST VALUE [CHECKSUM [BLOCK [NAME]]]]]]]. Several samples a frame (x), a
-# skew (:) and everything else do not match. A file name has no place for a path.
+# FILE FORMAT[x1][:0][+OFFSET] [GAIN[(BASELINE)][/UNIT] [RESOLUTION [ZERO [FIRST VALUE [CHECKSUM [BLOCK [NAME]]]]]]]. More samples a frame than one (x), a
+# skew (:) other than 0 and everything else do not match. A file name has no place for a path.
 SIGNAL_LINE = re.compile(
-    r"(?P<file>[-\w]+\.?\w*) [ \t]+ (?P<format>\d+) (?:\+(?P<offset>\d{1,15}))?"
+    r"(?P<file>[-\w]+\.?\w*) [ \t]+ (?P<format>\d+) (?:x1)? (?::0)? (?:\+(?P<offset>\d{1,15}))?"
     r"(?: [ \t]+ (?P<gain>-?\d{1,9}(?:\.\d{0,20})?(?:e[+-]?0?\d)?) (?:\((?P<baseline>-?\d{1,9})\))? (?:/(?P<unit>[\w^?%/µμ-]+))?"
     r"(?: [ \t]+ \d+ (?: [ \t]+ (?P<zero>-?\d{1,9}) (?: [ \t]+ -?\d+ (?: [ \t]+ -?\d+ (?: [ \t]+ \d+ (?: [ \t]+ (?P<name>[^\t\v\f]*)"
     r")?)?)?)?)?)?)?",
