@@ -24,6 +24,7 @@ from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.files import digest, whole_file
+from toolkit.memory import keep_freed_memory
 from toolkit.shards.reader import read_index
 from toolkit.shards.writer import INDEX_DTYPE, TOKENIZER_FILES, join_shards, write_index, write_shard
 from toolkit.tokenizer.tokenizer import ECGTokenizer
@@ -129,6 +130,7 @@ def is_complete(out: Path, name: str) -> bool:
 
 def start_encoder(tokenizer: str) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     global _tokenizer
     _tokenizer = ECGTokenizer.from_pretrained(tokenizer)
 

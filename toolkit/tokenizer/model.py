@@ -55,7 +55,8 @@ class Encoder(nn.Module):
         batch, leads, samples = ecg.shape
         h = self.stages(ecg.reshape(batch * leads, 1, samples))  # [B*12, C, L]
         h = h.reshape(batch, leads * h.shape[1], h.shape[2])
-        return (self.to_code.weight @ h + self.to_code.bias[:, None]).transpose(1, 2)  # to_code(h.transpose(1, 2)) without its copy
+        weight, bias = self.to_code.weight.expand(batch, -1, -1), self.to_code.bias[:, None]
+        return torch.baddbmm(bias, weight, h).transpose(1, 2)  # to_code(h.transpose(1, 2)) without its copy
 
 
 class Decoder(nn.Module):
