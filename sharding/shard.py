@@ -12,10 +12,11 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from sharding import engine
@@ -86,8 +87,7 @@ def shard(args: argparse.Namespace) -> bool:
     (args.out / "index.json").unlink(missing_ok=True)  # a shard is to be made again
 
     started, seconds, made = time.perf_counter(), Counter(), 0
-    chunks = [rows[i : i + CHUNK] for rows in map(shards.get, todo) for i in range(0, len(rows), CHUNK)]
-    work = ([(row["key"], row["path"], row["start"], row["array"], qc) for row in chunk] for chunk in chunks)
+    work = chunks((shards[name] for name in todo), qc)
     if device == "cpu":
         results = engine.ordered_map(read_and_encode, work, args.workers, start_encoder, (str(args.tokenizer),))
     else:
@@ -97,7 +97,7 @@ def shard(args: argparse.Namespace) -> bool:
             quarantine = []
             engine.sweep(args.out, name)
             engine.sweep(folder, name)
-            entry, rows = engine.guarded(args.out, write_shard, args.out, name, samples(shards[name], results, quarantine, seconds, bar))
+            entry, rows = engine.guarded(args.out, write_shard, args.out, name, samples(shards[name].to_dict("records"), results, quarantine, seconds, bar))
             engine.guarded(args.out, complete, folder, entry, rows, quarantine)
             made += entry["samples"]
     missing = [name for name in shards if not is_complete(args.out, name)]
@@ -110,13 +110,20 @@ def shard(args: argparse.Namespace) -> bool:
     return True
 
 
-def plan(manifest, shard_size: int) -> dict[str, list[dict]]:
+def plan(manifest: pd.DataFrame, shard_size: int) -> dict[str, pd.DataFrame]:
     """Name of each shard -> its ECGs: stretches of a split in order of key, so that they do not depend on workers or ranks."""
     shards = {}
     for split in SPLITS:
-        rows = manifest[manifest["split"] == split].sort_values("key").to_dict("records")
-        shards |= {f"{split}-{i // shard_size:06d}.tar": rows[i : i + shard_size] for i in range(0, len(rows), shard_size)}
+        rows = manifest[manifest["split"] == split].sort_values("key")
+        shards |= {f"{split}-{i // shard_size:06d}.tar": rows.iloc[i : i + shard_size] for i in range(0, len(rows), shard_size)}
     return shards
+
+
+def chunks(shards: Iterable[pd.DataFrame], qc: str) -> Iterator[list[tuple]]:
+    """What workers take: (key, path, start, array, qc) of CHUNK ECGs, never of two shards."""
+    for rows in shards:
+        records = [(*record, qc) for record in rows[["key", "path", "start", "array"]].itertuples(index=False, name=None)]
+        yield from (records[i : i + CHUNK] for i in range(0, len(records), CHUNK))
 
 
 def is_complete(out: Path, name: str) -> bool:
