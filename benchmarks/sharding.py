@@ -10,6 +10,7 @@ Records: the real ones of --data, and what its expand.py makes of them (WFDB for
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -254,9 +255,10 @@ def opening(data: Path, work: Path) -> list[dict]:
         n = min(size, ARCHIVE - start)
         rows = np.zeros(n, INDEX_DTYPE)
         rows["ids_offset"], rows["n_ecgs"], rows["n_tokens"] = np.arange(n) * 2560 + 640, 1, 313
-        entry = {"name": f"train-{k:06d}.tar", "samples": n, "tokens": n * 313, "bytes": n * 2560 + 10240, "sha256": "0" * 64}
-        with open(folder / entry["name"], "wb") as tar:
-            tar.truncate(entry["bytes"])
+        name, length = f"train-{k:06d}.tar", n * 2560 + 10240
+        with open(folder / name, "wb") as tar:
+            tar.truncate(length)
+        entry = {"name": name, "samples": n, "tokens": n * 313, "bytes": length, "sha256": hashlib.sha256(bytes(length)).hexdigest()}
         shards.append((entry, rows))
     write_index(folder, {"train": join_shards(folder, "train", shards)}, kind="tokens", codes=1296)
     positions = rng.integers(2 * ARCHIVE, 3 * ARCHIVE, ROUNDS).tolist()

@@ -15,11 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `deepspeed launc
 import numpy as np
 import torch
 
-from sharding.manifest import MANIFEST, read_manifest, read_summary
+from sharding.manifest import read_manifest, read_summary
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError
-from toolkit.files import digest
 from toolkit.shards.order import MicroBatch
 from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
 from toolkit.training.arguments import TrainingArguments, arg, parse
@@ -55,8 +54,7 @@ class Recordings:
         try:
             return read_checked(*self.rows[i], self.qc)[0]
         except RecordError as error:  # it was fine when the manifest was made
-            message = f"{error.message}; put the file back or run `python -m sharding.prepare` again"
-            raise UserError(f"--manifest: {Path(self.rows[i][0]).name}: {message}") from error
+            raise UserError(f"--manifest: ECG {i} of a split: {error.message}; put the file back or run `python -m sharding.prepare` again") from error
 
 
 def main() -> None:
@@ -83,7 +81,7 @@ def main() -> None:
     def export(module: ECGTokenizer, folder: Path) -> None:
         module.save_pretrained(folder)
 
-    identity = {"manifest digest": digest(Path(args.manifest) / MANIFEST)}
+    identity = {"manifest digest": read_summary(args.manifest)["digest"]}
     train(args, Job(model, splits["train"], loss, evaluate, export, identity, bf16=False), ranks, "tokenizer")
 
 

@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> None:
         shard.add_arguments(child)
     args = parser.parse_args(argv)
     prepare.check_arguments(args)
-    both, of_shard = vars(args), ("tokenizer", "shard_size", "device")
+    shard.load(args)  # what is wrong with it should not show after hours of reading
+    both, of_shard = vars(args), ("tokenizer", "shard_size", "device", "on_bad_record")
     manifest = argparse.Namespace(**{name: value for name, value in both.items() if name not in of_shard} | {"out": args.out / "manifest"})
     if not prepare.prepare(manifest):
         wait_for(manifest)
@@ -34,9 +35,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def wait_for(manifest: argparse.Namespace) -> None:
     """Until other ranks have completed the manifest; raises `UserError` if they seem to be dead."""
+    print(f"rank {manifest.rank} waits for the other ranks to complete {manifest.out}", flush=True)
     parts, heard = -1, time.time()
     while not (manifest.out / PREPARE).is_file():
-        now = len(list((manifest.out / PARTS).iterdir()))
+        now = len(list((manifest.out / PARTS).glob("records-*")))
         parts, heard = (now, time.time()) if now > parts else (parts, heard)
         if time.time() - heard > SILENCE:
             raise UserError(f"--world_size {manifest.world_size}: other ranks completed no part of {manifest.out} in {SILENCE // 60} min; look why")

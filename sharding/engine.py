@@ -6,6 +6,7 @@ find it at once write the same bytes.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from toolkit.errors import UserError
@@ -30,18 +32,19 @@ WITHOUT_TERMINAL = 60  # seconds between lines of progress in a log file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
     env = os.environ.get
-    if "SLURM_PROCID" in os.environ:  # within srun the step's tasks, which may be fewer than the job's
-        rank, world = env("SLURM_PROCID"), env("SLURM_STEP_NUM_TASKS") or env("SLURM_NTASKS", "1")
+    # Within srun the step's tasks, which may be fewer than the job's. A batch script has SLURM_PROCID too, but no step: it runs alone.
+    if env("SLURM_PROCID") and (env("SLURM_STEP_ID") or not env("SLURM_JOB_ID")):
+        rank, world = env("SLURM_PROCID"), env("SLURM_STEP_NUM_TASKS") or env("SLURM_NTASKS") or 1
     else:
-        rank, world = env("RANK", "0"), env("WORLD_SIZE", "1")
+        rank, world = env("RANK") or 0, env("WORLD_SIZE") or 1
     parser.add_argument(
         "--workers", type=int, default=cores, help="processes on this machine, one thread each (default: its cores, %(default)s); the bytes are the same"
     )
     parser.add_argument(
-        "--rank", type=int, default=int(rank), help="number of this machine among --world_size that share the work (default: SLURM_PROCID or RANK, else 0)"
+        "--rank", type=int, default=rank, help="number of this machine among --world_size that share the work (default: SLURM_PROCID or RANK, else 0)"
     )
     parser.add_argument(
-        "--world_size", type=int, default=int(world), help="machines that run this command on the same --out (default: SLURM_NTASKS or WORLD_SIZE, else 1)"
+        "--world_size", type=int, default=world, help="machines that run this command on the same --out (default: SLURM_NTASKS or WORLD_SIZE, else 1)"
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew, in place of what --out holds")
 
@@ -49,49 +52,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     if args.workers < 1:
         raise UserError("--workers: must be at least 1")
+    if args.world_size < 1:
+        raise UserError("--world_size: must be at least 1")
     if not 0 <= args.rank < args.world_size:
-        raise UserError(f"--rank {args.rank}: must be 0 to {args.world_size - 1}, one less than --world_size")
+        raise UserError(
+            f"--rank {args.rank}: must be 0 to {args.world_size - 1}, one less than --world_size (both are taken from SLURM or RANK and WORLD_SIZE if set)"
+        )
     if args.overwrite and args.world_size > 1:
         raise UserError("--overwrite: one rank would delete what another has begun; delete --out before you start several ranks")
 
 
-def claim(out: Path, arguments: dict, files: tuple[str, ...], args: argparse.Namespace) -> Path:
+@contextlib.contextmanager
+def claim(out: Path, arguments: dict, files: tuple[str, ...], args: argparse.Namespace) -> Iterator[Path]:
     """The folder of completion files in `out`, for work with these `arguments`; `files` are the patterns of what `out` may hold.
 
-    Raises `UserError` naming --out if it cannot be written, holds something else, or work begun with other arguments.
+    Holds a lock for this rank as long as the block runs. Raises `UserError` naming --out if it cannot be written, holds something else, work
+    begun with other arguments, or the same rank at work.
     """
     parts = out / PARTS
     said = parts / "arguments.json"
+    lock = FileLock(parts / f"rank-{args.rank}-of-{args.world_size}.lock")  # freed by the system if this process is killed
     try:
-        if out.exists():
-            if not out.is_dir():
-                raise UserError(f"--out {out} is a file: name a new folder")
-            if args.world_size == 1:
-                for path in out.rglob(".*.partial"):
-                    path.unlink(missing_ok=True)
-            begun = said.exists()  # written first: without it nothing here is ours but an empty folder of a run killed in its first moment
-            names = [path.name for path in sorted(out.iterdir()) if not any(path.match(pattern) for pattern in (*files, PARTS, ".*.partial") * begun)]
-            if names and names != [PARTS]:
-                raise UserError(f"--out {out} holds {names[0]}, which this program did not write: name a new folder")
-            if args.overwrite:
-                for path in out.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif begun:
-                before = _read(said)
-                differs = [name for name in arguments if before.get(name) != arguments[name]]
-                if differs:
-                    was = f", {before[differs[0]]!r} and not {arguments[differs[0]]!r}" if differs[0] in before else ""
-                    raise UserError(f"--out {out} was made with another {differs[0]}{was}: name a new folder or add --overwrite")
-                return parts
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file: name a new folder")
+        begun = said.exists()  # written first: without it nothing here is ours but an empty folder of a run killed in its first moment
+        names = [path.name for path in sorted(out.glob("*")) if not any(path.match(pattern) for pattern in (*files, PARTS, ".*.partial") * begun)]
+        if names and names != [PARTS]:
+            raise UserError(f"--out {out} holds {names[0]}, which this program did not write: name a new folder")
         parts.mkdir(parents=True, exist_ok=True)
-        write_text(said, json.dumps(arguments, indent=1) + "\n")
+        lock.acquire(timeout=0)
+        if args.world_size == 1:
+            for folder in (out, *(path for path in out.iterdir() if path.is_dir())):
+                sweep(folder, "")
+        before = _read(said)
+        differs = [name for name in arguments if before.get(name) != arguments[name]] if begun and not args.overwrite else []
+        if differs:
+            was = f", {before[differs[0]]!r} and not {arguments[differs[0]]!r}" if differs[0] in before else ""
+            lock.release()
+            raise UserError(f"--out {out} was made with another {differs[0]}{was}: name a new folder or add --overwrite")
+        if args.overwrite:
+            for path in (*out.iterdir(), *parts.iterdir()):
+                if path != parts and path.suffix != ".lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if args.overwrite or not begun:
+            write_text(said, json.dumps(arguments, indent=1) + "\n")
+    except Timeout:  # two processes of the same rank would delete each other's unfinished files
+        which = f"rank {args.rank} of {args.world_size} of this command" if args.world_size > 1 else "this command"
+        raise UserError(f"--out {out}: {which} is at work there already: wait for it, or give each process its own --rank of one --world_size") from None
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-    return parts
+    try:
+        yield parts
+    finally:
+        lock.release()
 
 
 def sweep(folder: Path, name: str) -> None:
-    """Remove what killed runs left of a file that this rank alone writes."""
+    """Remove what killed runs left of a file ('': of all) that nobody else writes."""
     for path in folder.glob(f".{name}*.partial"):
         path.unlink(missing_ok=True)
 

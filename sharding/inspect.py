@@ -130,9 +130,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"shard  {shards.shard_of(i)['name']}, ids at byte {row['ids_offset']:,}, json at byte {row['json_offset']:,}")
     for ecg in ids:
         print(f"ids    {ids.dtype} {list(ids.shape)}: {' '.join(map(str, ecg[:SHOWN]))} ...")
-    print(json.dumps(shards.meta(i), indent=2, ensure_ascii=False))
     if args.out:
         print(draw(shards, i, args.out))
+    print(json.dumps(shards.meta(i), indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

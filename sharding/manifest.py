@@ -81,11 +81,18 @@ def read_summary(folder: Path) -> dict:
 
 
 def write_manifest(out: Path, rows: list[dict], quarantine: list[dict], summary: dict) -> None:
-    """The three files in folder `out`, each whole or not at all, prepare.json last."""
+    """The three files in folder `out`, each whole or not at all, prepare.json last.
+
+    Its `digest` is over the rows but for `path`: what is made from the manifest can tell it by that, wherever the records are mounted.
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps({name: value for name, value in row.items() if name != "path"}, sort_keys=True).encode())
+    summary = {**summary, "digest": digest.hexdigest()[:16], "format_version": FORMAT_VERSION}
     with whole_file(out / MANIFEST) as file:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), file)
     write_text(out / QUARANTINE, "".join(json.dumps(line) + "\n" for line in quarantine))
-    write_text(out / PREPARE, json.dumps({**summary, "format_version": FORMAT_VERSION}, indent=2) + "\n")
+    write_text(out / PREPARE, json.dumps(summary, indent=2) + "\n")
 
 
 def summarise(rows: list[dict], quarantine: list[dict]) -> dict:

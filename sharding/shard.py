@@ -8,6 +8,7 @@ machines, it goes on with the first shard that is not complete. On a CPU the wor
 """
 
 import argparse
+import contextlib
 import io
 import json
 import time
@@ -20,11 +21,11 @@ import pandas as pd
 import torch
 
 from sharding import engine
-from sharding.manifest import MANIFEST, SPLITS, read_manifest, read_summary
+from sharding.manifest import SPLITS, read_manifest, read_summary
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import digest, whole_file
+from toolkit.files import whole_file
 from toolkit.memory import keep_freed_memory
 from toolkit.shards.reader import read_index
 from toolkit.shards.writer import INDEX_DTYPE, TOKENIZER_FILES, join_shards, write_index, write_shard
@@ -39,9 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
     parser.add_argument("--shard_size", type=int, default=4096, help="ECGs in a tar (default: %(default)s, about 11 MB)")
     parser.add_argument(
+        "--on_bad_record",
+        choices=["error", "skip"],
+        default="error",
+        help="an ECG that passed `prepare` and cannot be read now: stop, or leave it out and list it in quarantine.jsonl (default: %(default)s)",
+    )
+    parser.add_argument(
         "--device",
         default="auto",
-        help="where to encode: auto (a GPU if there is one), cpu or cuda; each may flip a rare id, so it is part of the configuration",
+        help="where to encode: auto (a GPU if there is one), cpu or cuda; that the ids are the same was not seen, so it is part of the configuration",
     )
 
 
@@ -58,13 +65,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def shard(args: argparse.Namespace) -> bool:
     """Make the shards; returns whether all are complete, which they are not while other ranks still work."""
-    if args.shard_size < 1:
-        raise UserError("--shard_size: must be at least 1")
-    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"--device {args.device}: auto, cpu or cuda, and for cuda torch must see a GPU")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    tokenizer, device = load(args)
     manifest, qc = read_manifest(args.manifest), read_summary(args.manifest)["arguments"]["qc"]
-    tokenizer = ECGTokenizer.from_pretrained(args.tokenizer).to(device)
     once = {
         "kind": "tokens",
         "tokenizer": tokenizer.fingerprint(),
@@ -72,19 +74,33 @@ def shard(args: argparse.Namespace) -> bool:
         "codes": tokenizer.config.codes,
         "levels": tokenizer.config.levels,
         "dims": tokenizer.config.dims,
-        "manifest": str(args.manifest.resolve()),
-        "manifest_digest": digest(args.manifest / MANIFEST),
+        "manifest_digest": read_summary(args.manifest)["digest"],
         "shard_size": args.shard_size,
         "device": device,
     }
-    folder = engine.claim(args.out, once, FILES, args)
-    shards = plan(manifest, args.shard_size)
+    with engine.claim(args.out, once, FILES, args) as folder:
+        return make(args, folder, plan(manifest, args.shard_size), qc, tokenizer, {**once, "manifest": str(args.manifest.resolve())}, device)
+
+
+def load(args: argparse.Namespace) -> tuple[ECGTokenizer, str]:
+    """The tokenizer on its device, and the device. Raises `UserError` for what is wrong with the arguments."""
+    if args.shard_size < 1:
+        raise UserError("--shard_size: must be at least 1")
+    if args.device not in ("auto", "cpu", "cuda") or (args.device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"--device {args.device}: auto, cpu or cuda, and for cuda torch must see a GPU")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return ECGTokenizer.from_pretrained(args.tokenizer).to(device), device
+
+
+def make(args: argparse.Namespace, folder: Path, shards: dict[str, pd.DataFrame], qc: str, tokenizer: ECGTokenizer, once: dict, device: str) -> bool:
     mine = engine.share(list(shards), args.rank, args.world_size)
     todo = [name for name in mine if not is_complete(args.out, name)]
-    if (args.out / "index.json").is_file() and all(is_complete(args.out, name) for name in shards):
-        print(f"{args.out} is complete already: {read_index(args.out, '--out')['encoded']} ECGs")
-        return True
-    (args.out / "index.json").unlink(missing_ok=True)  # a shard is to be made again
+    if not todo and all(is_complete(args.out, name) for name in shards):
+        with contextlib.suppress(UserError):  # missing or damaged: written again below
+            print(f"{args.out} is complete already: {read_index(args.out, '--out')['encoded']} ECGs")
+            return True
+    if todo:
+        (args.out / "index.json").unlink(missing_ok=True)  # shards are to be made again
 
     started, seconds, made = time.perf_counter(), Counter(), 0
     work = chunks((shards[name] for name in todo), qc)
@@ -97,7 +113,9 @@ def shard(args: argparse.Namespace) -> bool:
             quarantine = []
             engine.sweep(args.out, name)
             engine.sweep(folder, name)
-            entry, rows = engine.guarded(args.out, write_shard, args.out, name, samples(shards[name].to_dict("records"), results, quarantine, seconds, bar))
+            entry, rows = engine.guarded(
+                args.out, write_shard, args.out, name, samples(shards[name].to_dict("records"), results, quarantine, seconds, bar, args)
+            )
             engine.guarded(args.out, complete, folder, entry, rows, quarantine)
             made += entry["samples"]
     missing = [name for name in shards if not is_complete(args.out, name)]
@@ -105,8 +123,7 @@ def shard(args: argparse.Namespace) -> bool:
     if missing:
         print(f"{args.out}: rank {args.rank} is done; {len(missing)} of {len(shards)} shards are still with other ranks (of {args.world_size})")
         return False
-    engine.guarded(args.out, merge, args.out, folder, list(shards), args.tokenizer, once)
-    print(summary_table(read_index(args.out, "--out")))
+    print(summary_table(engine.guarded(args.out, merge, args.out, folder, list(shards), args.tokenizer, once)))
     return True
 
 
@@ -167,6 +184,8 @@ def readable(records: list[tuple], bad: list[dict]) -> Iterator[np.ndarray]:
             yield read_checked(path, start, array, qc)[0]
         except RecordError as error:  # the file may have changed since `prepare`: one NaN must never reach the encoder
             bad.append({"key": key, "reason": error.reason, "message": error.message})
+        except OSError as error:
+            raise UserError(f"--manifest: {key} cannot be read ({error.strerror}): mend that and run the same command again, it goes on from here") from error
 
 
 def encoded_here(results: Iterator, tokenizer: ECGTokenizer) -> Iterator:
@@ -182,10 +201,13 @@ def encoded_here(results: Iterator, tokenizer: ECGTokenizer) -> Iterator:
         yield ids, bad, {**seconds, "wait": arrived - started, "encode": time.perf_counter() - arrived}
 
 
-def samples(rows: list[dict], results: Iterator, quarantine: list[dict], seconds: Counter, bar) -> Iterator[tuple[str, np.ndarray, dict]]:
+def samples(rows: list[dict], results: Iterator, quarantine: list[dict], seconds: Counter, bar, args) -> Iterator[tuple[str, np.ndarray, dict]]:
     """(key, ids [1, 313], json) of each encoded ECG of one shard, in manifest order."""
     for i in range(0, len(rows), CHUNK):
         chunk, (ids, bad, took) = rows[i : i + CHUNK], next(results)
+        if bad and args.on_bad_record == "error":
+            what = f"{bad[0]['key']} passed the check of `prepare` and does not now ({bad[0]['reason']}: {bad[0]['message']})"
+            raise UserError(f"--manifest: {what}; put the file back and run the same command again, or add --on_bad_record skip")
         quarantine += bad
         seconds.update(took)
         unread = {line["key"] for line in bad}
@@ -204,8 +226,8 @@ def complete(folder: Path, entry: dict, rows: np.ndarray, quarantine: list[dict]
     engine.save(folder / f"{entry['name']}.json", json.dumps({"entry": entry, "quarantine": quarantine}), folder.parent)
 
 
-def merge(out: Path, folder: Path, names: list[str], tokenizer: Path, once: dict) -> None:
-    """index.json and what goes with it, from the completion files of all shards."""
+def merge(out: Path, folder: Path, names: list[str], tokenizer: Path, once: dict) -> dict:
+    """Write index.json and what goes with it, from the completion files of all shards; returns it."""
     said = {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
     splits, quarantine = {}, [line for part in said.values() for line in part["quarantine"]]
     for split in SPLITS:
@@ -224,6 +246,7 @@ def merge(out: Path, folder: Path, names: list[str], tokenizer: Path, once: dict
         with whole_file(out / "tokenizer" / name) as copy:
             copy.write((tokenizer / name).read_bytes())
     write_index(out, splits, **once, encoded=encoded, quarantined=len(quarantine))
+    return read_index(out, "--out")
 
 
 def report(made: int, shards: int, seconds: Counter, wall: float, args: argparse.Namespace, device: str) -> None:

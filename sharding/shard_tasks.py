@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sharding.reports import clean
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import digest, new_folder
+from toolkit.files import new_folder
 from toolkit.shards.reader import Shards, read_index
 from toolkit.shards.writer import write_index, write_split
 from toolkit.tasks.ecgqa import read_ecgqa
@@ -43,13 +43,15 @@ def main(argv: list[str] | None = None) -> None:
 
     ecgs = ECGs({split: Shards.open(args.shards, split, kind="tokens") for split, entry in index["splits"].items() if entry["samples"]})
     tasks = {"ecgqa": lambda: read_ecgqa(*args.qa), "heartllm": lambda: read_heartllm(args.qa), "reports": lambda: report_tasks(ecgs)}[args.kind]()
-    for task in tasks:
+    for task in tasks if args.kind == "heartllm" else ():  # the manifest's reports were cleaned, by its options
         if task["task"] == "report":
             task["report"] = clean(task["report"])
+    if not tasks:
+        raise UserError(f"--{'qa' if args.qa else 'shards'}: no {args.kind} there")
     joined, counts = join(tasks, ecgs)
     if not counts["joined"]:
         raise UserError(f"--{'qa' if args.qa else 'shards'}: none of {len(tasks)} {args.kind} tasks has its ECG in {args.shards} ({dict(counts)})")
-    made_from = digest(args.shards / "index.json")
+    made_from = ecgs.digest
     if args.out.exists() and any(args.out.iterdir()):
         made = read_index(args.out, "--out", "name a new folder")
         if made["kind"] != "tasks" or made["made_from"] != made_from:

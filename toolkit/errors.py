@@ -1,6 +1,7 @@
 """Errors a user can cause: raised as `UserError`, shown as one line, exit code 2."""
 
 import functools
+import os
 import sys
 
 
@@ -14,7 +15,7 @@ def first_line(error: BaseException) -> str:
 
 
 def exit_2_on_user_error(main):
-    """Decorate an entry's `main()`: a `UserError` becomes one line on stderr and exit code 2."""
+    """Decorate an entry's `main()`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C one line and 130, a closed pipe (`| head`) nothing."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -23,5 +24,12 @@ def exit_2_on_user_error(main):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+            sys.stdout.flush()
+            os._exit(130)  # not sys.exit: worker processes were interrupted too, and waiting for them prints their tracebacks
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)  # 128 + SIGPIPE, as the shell would say
 
     return wrapped

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sharding.manifest import SPLITS, pseudonym
+from sharding.reports import clean
 from toolkit.ecg.leads import LEADS
 from toolkit.errors import UserError, first_line
 
@@ -83,7 +84,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "path": full,
             "array": array,
             "report": cells.get("report", ""),
-            "labels": [label.strip() for label in re.split(r"[;|]", cells.get("labels", "")) if label.strip()],
+            "labels": [label for label in map(clean, re.split(r"[;|]", cells.get("labels", ""))) if label],
             "age": age,
             "sex": sex,
         }

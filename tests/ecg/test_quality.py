@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.ecg.leads import LEADS, SAMPLES
-from toolkit.ecg.quality import FLAT_RANGE, FLAT_WINDOW, NAN_RUN, SATURATED_FROM, SATURATED_RUN, check, read_checked
+from toolkit.ecg.quality import FLAT_RANGE, FLAT_WINDOW, NAN_RUN, check, read_checked
 from toolkit.ecg.records import RecordError, read_record
+from toolkit.ecg.saturation import SATURATED_FROM, SATURATED_TIME
 
 DATA = Path(os.environ.get("ECG_DATA", Path(__file__).parents[2] / "../shared/data"))
 
@@ -159,7 +160,7 @@ def slow_defects(signal):
                 if end > at and at > 0 and end < len(lead):
                     runs.append(end - at)
                 at = max(end, at + 1)
-            if runs and max(runs) >= SATURATED_RUN and abs(extreme - np.median(lead)) >= SATURATED_FROM:
+            if runs and max(runs) >= SATURATED_TIME * 500 and abs(extreme - np.median(lead)) >= SATURATED_FROM:
                 saturated.add(LEADS[i])
     return flat, saturated
 
@@ -239,3 +240,28 @@ def test_the_flat_records_of_the_shared_ningbo_are_found():
             assert reason(ecg) == "flat_lead"
         else:
             check(ecg)
+
+
+@pytest.mark.parametrize("rate", [100, 250, 257, 360, 400, 1000])
+def test_saturation_is_seen_at_other_sampling_rates(tmp_path, rate):
+    """Resampling turns a plateau into ripple, so it must be found before."""
+    t = np.arange(10 * rate) / rate
+    wave = np.stack([np.sin(2 * np.pi * (1 + 0.1 * i) * t) * 1.4 for i in range(12)])
+    about = json.dumps({"sampling_rate": rate, "unit": "mV", "leads": list(LEADS)})
+    np.save(tmp_path / "sane.npy", wave)
+    assert read_checked(tmp_path / "sane.npy", array=about)[1] == []
+    wave[6] = wave[6].clip(-1.2, 1.2)
+    np.save(tmp_path / "clipped.npy", wave)
+    assert read_checked(tmp_path / "clipped.npy", array=about, qc="flag")[1] == ["saturated"]
+    with pytest.raises(RecordError, match="lead V1 sits at its extreme"):
+        read_checked(tmp_path / "clipped.npy", array=about)
+
+
+def test_an_absurd_amplitude_is_refused_under_both_policies():
+    """3e38 is finite in float32, but the mean that normalises it is not: it would reach the encoder as NaN."""
+    ecg = np.random.default_rng(0).normal(0, 0.3, (12, 5000)).astype(np.float32)
+    ecg[2] = np.linspace(3.0e38, 3.2e38, 5000)
+    for qc in ("drop", "flag"):
+        with pytest.raises(RecordError) as caught:
+            check(ecg, qc=qc)
+        assert caught.value.reason == "amplitude"

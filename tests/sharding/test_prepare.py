@@ -103,7 +103,7 @@ def test_every_record_is_kept_or_quarantined_with_its_reason(damaged, tmp_path):
     assert list(frame.reset_index()[SCHEMA.names].key) == [f"ptbxl_{i:05d}" for i in (1, 2, 3, 4, 5, 6, 1007, 1008)]
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert {line["key"][6:]: line["reason"] for line in lines} == {
-        "00009": "nan", "00010": "flat_lead", "00011": "missing_lead", "00012": "unreadable", "00013": "unreadable", "00014": "too_short",
+        "00009": "nan", "00010": "flat_lead", "00011": "missing_lead", "00012": "unreadable", "00013": "absent", "00014": "too_short",
     }  # fmt: skip
     assert all(line["message"] and line["path"] == str(damaged / f"records500/00000/{line['key'][6:]}_hr") for line in lines)
 
@@ -126,7 +126,7 @@ def test_every_record_is_kept_or_quarantined_with_its_reason(damaged, tmp_path):
 
     summary = json.loads((out / "prepare.json").read_text())
     assert (summary["records"], summary["kept"], summary["reports"], summary["format_version"]) == (14, 8, 6, 2)
-    assert summary["quarantined"] == {"flat_lead": 1, "missing_lead": 1, "nan": 1, "too_short": 1, "unreadable": 2}
+    assert summary["quarantined"] == {"absent": 1, "flat_lead": 1, "missing_lead": 1, "nan": 1, "too_short": 1, "unreadable": 1}
     assert summary["flags"] == {"nan_interpolated": 1, "padded": 1}
     assert summary["splits"] == {
         "train": {"ecgs": 6, "patients": 5},
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path, capsys):
     assert "neither records500 nor records100" in failure(capsys, *args)
     (root / "records500").mkdir()
     line = failure(capsys, *args)
-    assert "none of 1 records" in line and "--root" in line and "unreadable" in line
+    assert "none of 1 records" in line and "--root" in line and "absent" in line
     row = record(root, 1, signal())
     table(root, [row, row])
     assert "2 rows are called ptbxl_00001" in failure(capsys, *args)

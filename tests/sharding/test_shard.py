@@ -1,8 +1,10 @@
 """The engine: bytes depend on data and configuration alone, whatever the workers, ranks, crashes and disks."""
 
+import argparse
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +154,69 @@ def test_workers_end_with_a_killed_parent_and_a_rerun_goes_on(made, tmp_path):
     assert before and all(path.stat().st_mtime_ns == t for path, t in before.items())  # what was complete was not made again
 
 
+def test_a_damaged_index_is_written_again(made, tmp_path):
+    shard.main(arguments(made, tmp_path / "s"))
+    (tmp_path / "s/index.json").write_text("{")
+    shard.main(arguments(made, tmp_path / "s"))
+    assert sha256(tmp_path / "s") == sha256(made / "shards")
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(made, tmp_path):
+    """The second of two runs of the same rank is told, and the first goes on."""
+    out = tmp_path / "s"
+    with engine.claim(out, {}, shard.FILES, argparse.Namespace(rank=0, world_size=1, overwrite=False)):
+        with pytest.raises(UserError, match="--out .*: this command is at work there already"):
+            shard.main(arguments(made, out))
+    assert [path.name for path in out.iterdir()] == ["parts"]
+
+
+def test_a_download_that_goes_on_is_looked_at_again(made, tmp_path, capsys):
+    root = tmp_path / "root"
+    table(root, [record(root, i, random_walk(seed=i)) for i in range(1, 6)])
+    absent = root / "records500/00000/00004_hr.dat"
+    data = absent.read_bytes()
+    absent.unlink()
+    words = ["ptbxl", "--root", str(root), "--out", str(tmp_path / "m"), "--workers", "1"]
+    for _ in range(2):  # again in vain
+        prepare.main(words)
+        said = capsys.readouterr().out
+        assert "1 records are in the table and not in --root" in said and len(read_manifest(tmp_path / "m")) == 4
+    absent.write_bytes(data)
+    prepare.main(words)
+    assert len(read_manifest(tmp_path / "m")) == 5 and "not in --root" not in capsys.readouterr().out
+    prepare.main(words)
+    assert "is complete: 5 ECGs" in capsys.readouterr().out
+
+
+def test_a_fault_of_the_machine_stops_and_leaves_no_mark(made, tmp_path):
+    """An outage must not become a defect of the data: nothing is quarantined for it."""
+    root = tmp_path / "root"
+    table(root, [record(root, i, random_walk(seed=i)) for i in range(1, 4)])
+    file = root / "records500/00000/00002_hr.dat"
+    data = file.read_bytes()
+    file.unlink()
+    file.symlink_to(file)  # ELOOP stands for EIO, ESTALE, ...
+    words = ["ptbxl", "--root", str(root), "--out", str(tmp_path / "m"), "--workers", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        prepare.main(words)
+    file.unlink()
+    file.write_bytes(data)
+    prepare.main(words)
+    assert len(read_manifest(tmp_path / "m")) == 3
+
+
+def test_shards_do_not_depend_on_where_the_records_lie(made, tmp_path):
+    shutil.copytree(made / "root", tmp_path / "moved")
+    prepare.main(["ptbxl", "--root", str(tmp_path / "moved"), "--out", str(tmp_path / "m"), "--workers", "1"])
+    words = ["--manifest", tmp_path / "m", "--tokenizer", made / "tokenizer", "--out", tmp_path / "s", "--shard_size", 4, "--workers", 1]
+    shard.main(list(map(str, words)))
+    assert Shards.open(tmp_path / "s", "train").digest == Shards.open(made / "shards", "train").digest
+    before = sha256(tmp_path / "s")
+    words[1] = made / "manifest"  # the same content: goes on, and is complete
+    shard.main(list(map(str, words)))
+    assert sha256(tmp_path / "s") == before
+
+
 def test_a_deleted_or_shortened_shard_is_made_again(made, tmp_path, capsys):
     shard.main(arguments(made, tmp_path / "s"))
     (tmp_path / "s/train-000002.tar").unlink()
@@ -171,7 +236,10 @@ def test_records_that_went_bad_since_prepare_are_quarantined(made, tmp_path):
         path = root / f"records500/00000/{i:05d}_hr.dat"
         path.write_bytes(path.read_bytes()[:1000])
     words = ["--manifest", tmp_path / "m", "--tokenizer", made / "tokenizer", "--out", tmp_path / "s", "--shard_size", 2, "--workers", 1]
-    shard.main(list(map(str, words)))
+    with pytest.raises(UserError, match="ptbxl_00002 passed the check of `prepare` and does not now .*--on_bad_record skip"):
+        shard.main(list(map(str, words)))
+    assert not list((tmp_path / "s").glob("*.tar"))
+    shard.main([*map(str, words), "--on_bad_record", "skip"])
     index = read_index(tmp_path / "s")
     assert (index["encoded"], index["quarantined"]) == (3, 2)
     assert [s["samples"] for s in index["splits"]["train"]["shards"]] == [1, 2] and index["splits"]["valid"]["shards"] == []

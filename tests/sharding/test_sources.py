@@ -131,16 +131,16 @@ def test_mimic_reports_are_joined_by_study(tmp_path, seed):
         one, two, three = rows("mimic", where)
         assert one | {"age": 0} == {
             "key": "mimic_40000001", "source": "mimic", "record_id": "40000001", "patient": pseudonym("mimic", 10000001), "split": "",
-            "path": str(root / "files/p1000/p10000001/s40000001/40000001"), "array": "", "report": "Sinus rhythm. Possible infarct, möglich. Abnormal ECG",
+            "path": str(root / "files/p1000/p10000001/s40000001/40000001"), "array": "", "report": "Sinus rhythm. Possible infarct, möglich. Abnormal ECG.",
             "labels": [], "age": 0, "sex": "",
         }  # fmt: skip
-        assert (two["report"], three["report"]) == ("None. NA", "")  # words, not missing values
+        assert (two["report"], three["report"]) == ("None. NA.", "")  # words, not missing values
         assert two["patient"] == one["patient"] != three["patient"] and all(np.isnan(row["age"]) for row in (one, two, three))
 
 
 @pytest.mark.parametrize(
     ("statements", "report"),
-    [([], ""), (["", " "], ""), (["a"], "a"), (["a.", "b"], "a. b"), (["a", "", "b!", " c "], "a. b! c"), (["*** x ***", "y"], "*** x ***. y")],
+    [([], ""), (["", " ", "."], ""), (["a"], "a."), (["a.", "b.."], "a. b."), (["a", "", "b!", " c "], "a. b! c."), (["*** x ***", "y"], "*** x ***. y.")],
 )
 def test_statements_become_sentences(statements, report):
     assert join_statements(statements) == report
@@ -350,10 +350,11 @@ def test_heartllm_rows_agree_with_ptbxl(tmp_path, capsys):
 
 def test_heartllm_rows_agree_with_mimic(tmp_path):
     root = mimic(tmp_path / "mimic")
-    rows_ = [{**BACKGROUND, "ecg_id": 40000001, "report": "Sinus rhythm.Abnormal ECG.", "filepath": "p1000/p10000001/s40000001/40000001"}]
+    glued = "Sinus rhythm.Possible infarct, möglich..Abnormal ECG."
+    rows_ = [{**BACKGROUND, "ecg_id": 40000001, "report": glued, "filepath": "p1000/p10000001/s40000001/40000001"}]
     test = write(tmp_path / "test.json", json.dumps(rows_))
     [found], one = rows("heartllm", tmp_path, "--json", test), rows("mimic", root)[0]
-    assert {**found, "age": 0} == {**one, "age": 0, "split": "test", "report": "Sinus rhythm.Abnormal ECG."}
+    assert {**found, "age": 0} == {**one, "age": 0, "split": "test"}  # the report, too
     other = write(tmp_path / "x" / "train.json", json.dumps([{**rows_[0], "filepath": "records500/00000/00001_hr"}]))
     fails("--json: none of 1 ECGs is in --root", "heartllm", root, "--json", other)
     fails("its name must hold one of train, valid and test", "heartllm", root, "--json", write(tmp_path / "rows.json", "[]"))

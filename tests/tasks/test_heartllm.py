@@ -1,8 +1,13 @@
 """Questions and reports from files: ECG-QA 1.0.2 in its official layout, and HeartLLM's own release."""
 
 import json
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from toolkit.errors import UserError
 from toolkit.tasks.ecgqa import read_ecgqa
@@ -109,6 +114,31 @@ def test_heartllms_reports_name_their_ecg_and_carry_no_patient(tmp_path):
         {"id": "report-48198293", "task": "report", "question_type": "report", "report": "Sinus rhythm.", "ecg_ids": ("48198293",)},
     ]
     assert not any(word in json.dumps(tasks) for word in ("770001", "18884712", "1994"))
+
+
+STATEMENTS = [
+    "Sinus rhythm", "Sinus rhythm with PACs.", "Inferior infarct - age undetermined", "rSr'(V1) - probable normal variant", "- supraventricular extrasystoles",
+    "*** CONSIDER ACUTE ST ELEVATION MI ***", "--- Suspect limb lead reversal - only V1-V6 analyzed ---", "Lead(s) unsuitable for analysis: I II aVR V1",
+    "ST elevation of 1.5 mV in V1.V2, .5 mV in V3", "2:1 A-V block", "Summary:", "PVC(s)", "A.V. delay, e.g. drugs",
+]  # fmt: skip
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(STATEMENTS), min_size=1).filter(lambda said: not re.search(r"\d\.2:1", ".".join(said))))
+def test_heartllms_mimic_reports_are_those_of_mimic(statements):
+    with TemporaryDirectory() as folder:
+        row = {"report": ".".join(statements) + ".", "filepath": "p1127/p11279168/s47182700/47182700"}  # as HeartLLM joins them
+        [task] = read_heartllm([write(Path(folder) / "train.json", [row])])
+    assert task["report"] == " ".join(s if s[-1] in ".:" else s + "." for s in statements)
+
+
+def test_only_mimic_reports_are_parted(tmp_path):
+    glued = "Sinus rhythm with PACs..Right bundle branch block.Inferior infarct - age undetermined."
+    mimic = [{"report": glued, "filepath": f"{start}p1127/p11279168/s47182700/47182700"} for start in ("", "files/")]
+    ptbxl = {"report": "av-block 1.grades..Edit:x", "filepath": "records500/00000/00004_hr"}
+    parted = "Sinus rhythm with PACs. Right bundle branch block. Inferior infarct - age undetermined."
+    files = [write(tmp_path / f"{i}.json", [row]) for i, row in enumerate([*mimic, ptbxl])]
+    assert [read_heartllm([file])[0]["report"] for file in files] == [parted, parted, ptbxl["report"]]
 
 
 REPORT = {"report": "x", "filepath": "records500/00000/00004_hr"}

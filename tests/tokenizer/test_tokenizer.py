@@ -1,5 +1,6 @@
 """The tokenizer against independent computations: four convolutions for one, digits by hand, files that are damaged."""
 
+import copy
 import json
 
 import numpy as np
@@ -137,3 +138,28 @@ def test_a_damaged_folder_is_named(tokenizer, tmp_path, damage, message):
     damage(tmp_path)
     with pytest.raises(UserError, match=message):
         ECGTokenizer.from_pretrained(tmp_path)
+
+
+def test_ids_at_a_boundary_are_those_of_float64():
+    """Bias moved so that one output lies on the boundary of two digits, to 1e-8: float32, with an error of 1e-6, would toss a coin."""
+    torch.manual_seed(0)
+    tokenizer = ECGTokenizer(TokenizerConfig()).eval()
+    ecg = np.random.default_rng(0).normal(0, 0.3, (12, 5000)).cumsum(axis=1).astype(np.float32)
+    x = torch.from_numpy(ecg)[None]
+    exact = copy.deepcopy(tokenizer.encoder).double()
+
+    def outputs(encoder, x):
+        with torch.no_grad():
+            return encoder(normalise(x)[0])[0]
+
+    unlike = 0
+    for token in range(0, 313, 40):
+        with torch.no_grad():
+            exact.to_code.bias -= outputs(exact, x.double())[token]  # sigmoid(0) * 5 = 2.5
+            tokenizer.encoder.to_code.bias.copy_(exact.to_code.bias)
+            exact.to_code.bias.copy_(tokenizer.encoder.to_code.bias)
+        digits = torch.round(torch.sigmoid(outputs(exact, x.double())) * 5).long()
+        expected = (digits * 6 ** torch.arange(4)).sum(-1).numpy()
+        np.testing.assert_array_equal(tokenizer.encode(ecg), expected)
+        unlike += int((torch.round(torch.sigmoid(outputs(tokenizer.encoder, x)) * 5).long() != digits).sum())
+    assert unlike > 0  # float32 alone does toss it

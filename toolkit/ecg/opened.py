@@ -9,7 +9,7 @@ import numpy as np
 
 from toolkit.ecg.leads import LEADS, lead_order
 
-MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}  # micro sign and Greek mu both occur
+MILLIVOLTS = {"": 1.0, "nu": 1.0, "v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}  # micro sign and Greek mu both occur
 _PREFIX = re.compile(r"^(?:(?:e[ck]g|lead)[ _:]*)*")  # a hyphen stays: -II is II upside down
 _SYNONYMS = {"di": "I", "dii": "II", "diii": "III"}  # Brazil, Spain, France (e.g. the CODE data)
 
@@ -41,10 +41,12 @@ def canonical(names: tuple[str, ...], units: tuple[str, ...]) -> tuple[list[tupl
     """(row of the canonical ECG, index in `names`, mV in a unit) of every lead there is, and the names of the missing ones.
 
     Names are taken in any case, with or without "ECG" and "Lead" before them ("Lead II", "ECG V1"); DI, DII, DIII are I, II, III. Nothing
-    else is: MLII, for one, is recorded on the torso and is not II. Where a name occurs twice, the first counts. Units other than V, mV,
-    uV and nV (`NU`: z-scored upstream) are taken as they are.
+    else is: MLII, for one, is recorded on the torso and is not II. Where a name occurs twice, the first counts. `NU` (z-scored upstream) is
+    taken as it is. Raises `RecordError("unit")` for a unit that is neither V, mV, uV, nV nor that.
     """
     plain = [_PREFIX.sub("", name.strip().lower()) for name in names]
     order = lead_order([_SYNONYMS.get(name, name) for name in plain])
-    found = [(row, i, MILLIVOLTS.get(units[i].strip().lower(), 1.0)) for row, i in enumerate(order) if i is not None]
+    if wrong := next((units[i] for i in order if i is not None and units[i].strip().lower() not in MILLIVOLTS), None):
+        raise RecordError("unit", f"a unit of {len(wrong)} letters is none of V, mV, uV, nV and NU")
+    found = [(row, i, MILLIVOLTS[units[i].strip().lower()]) for row, i in enumerate(order) if i is not None]
     return found, [lead for lead, i in zip(LEADS, order, strict=True) if i is None]

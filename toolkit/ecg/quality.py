@@ -6,20 +6,21 @@ The thresholds were set on real records (PTB-XL 85 in mV and 1,625 z-scored, Geo
 lead that is constant for 10 s, and flag 63 as `high_amplitude`; none is saturated. An ECG takes 0.12 ms.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from toolkit.ecg.leads import LEADS, SAMPLES, SAMPLING_RATE
 from toolkit.ecg.records import MIN_SAMPLES, RecordError, missing_lead, read_leads
+from toolkit.ecg.saturation import run_lengths, saturated
 
 NAN_RUN = 50  # samples, 100 ms: about one QRS complex. A straight line over more than that would invent or erase a beat
 FLAT_WINDOW = 5 * SAMPLING_RATE  # 5 s without a beat at all; the longest constant run in a sane record is 1.4 s
 FLAT_RANGE = 0.005  # mV, five steps of PTB-XL's 1 uV: resampling a constant lead leaves ripple. The smallest sane lead spans 0.11 mV
 HIGH_AMPLITUDE = 10.0  # mV: pacing spikes and artefacts reach 12.5 mV, and 18.7 SD in z-scored records
 IMPOSSIBLE_AMPLITUDE = 50.0  # mV: a unit error. 16 bits at 1 uV end at 33 mV; uV taken for mV makes 1,000
-SATURATED_RUN = 20  # samples, 40 ms at a lead's own extreme: a wave's crest holds 10 at most
-SATURATED_FROM = 1.0  # mV from the lead's median: nearer, a long extreme is a quiet baseline
+UNUSABLE_AMPLITUDE = 1e6  # mV: no recording at all, and near float32's end (3e38) a mean overflows to NaN
 
 
 def read_checked(path: str | Path, start: float = 0.0, array: str = "", qc: str = "drop") -> tuple[np.ndarray, list[str]]:
@@ -28,21 +29,21 @@ def read_checked(path: str | Path, start: float = 0.0, array: str = "", qc: str 
     Raises `RecordError` with the reasons of both. With `qc` "flag", `missing_lead`, `flat_lead`, `saturated` and `amplitude` are flags
     instead; a missing lead is zeros. A record without any of the twelve leads is an error under both.
     """
-    ecg, missing = read_leads(path, start, array)
-    return check(ecg, missing, qc)
+    ecg, missing, held = read_leads(path, start, array)
+    return check(ecg, missing, qc, held)
 
 
-def check(ecg: np.ndarray, missing: list[str] | tuple[str, ...] = (), qc: str = "drop") -> tuple[np.ndarray, list[str]]:
+def check(ecg: np.ndarray, missing: Sequence[str] = (), qc: str = "drop", saturated_before: Sequence[int] = ()) -> tuple[np.ndarray, list[str]]:
     """`ecg` float32 [12, 5000] in mV, mended where that is honest, and its flags, sorted. What is returned is finite.
 
     Flags: `nan_interpolated` (runs of up to 100 ms replaced by straight lines, at the ends by the nearest value), `padded` (the last
     samples, at most 5 s, are 0 in all leads), `high_amplitude` (over 10 mV).
 
     Defects: `missing_lead` (those named in `missing`, zeros in `ecg`), `amplitude` (over 50 mV), `flat_lead` (a lead that is there lies
-    within 5 uV for 5 s), `saturated` (a lead sits at its extreme for 40 ms or more). With `qc` "drop" the first of them in this order is
-    raised as `RecordError`, with "flag" all are flags.
+    within 5 uV for 5 s), `saturated` (a lead sits at its extreme for 40 ms or more, or did before it was resampled: the rows in
+    `saturated_before`). With `qc` "drop" the first of them in this order is raised as `RecordError`, with "flag" all are flags.
 
-    Raises `RecordError` with reason `nan` (a longer run, or an infinity) under both.
+    Raises `RecordError` with reason `nan` (a longer run, or an infinity) or `amplitude` (over 1e6 mV) under both.
     """
     assert ecg.shape == (len(LEADS), SAMPLES), ecg.shape
     assert qc in ("drop", "flag"), qc
@@ -74,7 +75,10 @@ def check(ecg: np.ndarray, missing: list[str] | tuple[str, ...] = (), qc: str = 
     largest = np.maximum(top, -bottom)
     if largest.max() > IMPOSSIBLE_AMPLITUDE:
         where = f"lead {LEADS[largest.argmax()]} reaches {largest.max():.4g} mV"
-        defect(RecordError("amplitude", f"{where}, over {IMPOSSIBLE_AMPLITUDE:g}: a unit error?"))
+        error = RecordError("amplitude", f"{where}, over {IMPOSSIBLE_AMPLITUDE:g}: a unit error?")
+        if largest.max() > UNUSABLE_AMPLITUDE:
+            raise error
+        defect(error)
     elif largest.max() > HIGH_AMPLITUDE:
         flags.append("high_amplitude")
 
@@ -82,9 +86,9 @@ def check(ecg: np.ndarray, missing: list[str] | tuple[str, ...] = (), qc: str = 
     if flat:
         defect(RecordError("flat_lead", f"lead {', '.join(flat)} is flat for 5 s or more"))
 
-    saturated = _saturated(signal, top, bottom)
-    if saturated:
-        defect(RecordError("saturated", f"lead {', '.join(LEADS[i] for i in saturated)} sits at its extreme for 40 ms or more"))
+    held = sorted({*saturated(signal, SAMPLING_RATE), *saturated_before})
+    if held:
+        defect(RecordError("saturated", f"lead {', '.join(LEADS[i] for i in held)} sits at its extreme for 40 ms or more"))
     return ecg, sorted(flags)
 
 
@@ -112,30 +116,8 @@ def _interpolate(ecg: np.ndarray, body: int) -> np.ndarray:
     at = np.arange(body)
     for lead in np.flatnonzero(np.isnan(ecg).any(axis=1)):
         bad = np.isnan(ecg[lead, :body])
-        longest = int(_run_lengths(bad).max())
+        longest = int(run_lengths(bad).max())
         if longest > NAN_RUN:
             raise RecordError("nan", f"lead {LEADS[lead]} lacks {longest} samples in a row, over {NAN_RUN}")
         ecg[lead, :body][bad] = np.interp(at[bad], at[~bad], ecg[lead, :body][~bad])
     return ecg
-
-
-def _saturated(signal: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> list[int]:
-    """Leads that hold an extreme. Runs at the record's ends do not count: PTB-XL holds the last value for about 55 samples."""
-    found = set()
-    for extreme in (top, bottom):
-        at = signal == extreme[:, None]
-        for lead in np.flatnonzero(np.count_nonzero(at, axis=1) >= SATURATED_RUN):  # few: the median is the slow part
-            inside = at[lead]
-            if abs(extreme[lead] - np.median(signal[lead])) < SATURATED_FROM:
-                continue
-            inside[: np.argmin(inside)] = False
-            inside[len(inside) - np.argmin(inside[::-1]) :] = False
-            if inside.any() and _run_lengths(inside).max() >= SATURATED_RUN:
-                found.add(int(lead))
-    return sorted(found)
-
-
-def _run_lengths(mask: np.ndarray) -> np.ndarray:
-    """Lengths of the runs of True in a boolean [n], in order."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.view(np.int8), [0]])))
-    return edges[1::2] - edges[::2]

@@ -7,9 +7,9 @@
 A 10 s record of 500 Hz in format 16 takes 0.15 ms, where wfdb.rdsamp takes 4.2; in FLAC 1.9 (6.4); one of 100 Hz 0.9 (4.0).
 """
 
+import errno
 import functools
 import math
-import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -19,9 +19,11 @@ import numpy as np
 from toolkit.ecg.bare_arrays import open_array
 from toolkit.ecg.leads import DURATION, LEADS, SAMPLES, SAMPLING_RATE
 from toolkit.ecg.opened import Opened, RecordError
+from toolkit.ecg.saturation import saturated
 from toolkit.ecg.wfdb_files import open_wfdb
 
 MIN_SAMPLES = SAMPLES // 2  # 5 s: about five beats; below that a 10 s canonical ECG would be mostly padding
+LONGEST = 31 * 86_400  # s: a month of Holter; a header that states more is damaged, and its windows would fill the memory
 RATES = (25, 100_000)  # Hz: below, no QRS complex is left; above, a header is damaged
 
 
@@ -32,24 +34,27 @@ def read_record(path: str | Path, start: float = 0.0, array: str = "") -> np.nda
     `.mat` (see `bare_arrays.open_array`).
 
     - Leads come by name, in any order and case; leads beyond the twelve are ignored (`opened.canonical`).
-    - V, mV, uV and nV become mV. Other units (`NU`: z-scored upstream) are taken as they are.
+    - V, mV, uV and nV become mV. `NU` (z-scored upstream) is taken as it is.
     - Other sampling rates are resampled to 500 Hz by a polyphase filter, which sees the real samples on both sides of the window.
     - Only the window is read, however long the record. Where 5 s to 10 s are left: zeros at the end, which is the isoelectric line, and
       which `quality.check` recognises (flag `padded`); holding the last value would stretch whatever wave it cuts.
     - Samples the file marks invalid and gaps are NaN and stay NaN: `quality.check` decides.
 
-    Raises `RecordError` with reason `unreadable` (no file, truncated, malformed, header and data disagree), `missing_lead` or `too_short`
-    (under 5 s from `start`).
+    Raises `RecordError` with reason `absent` (no file), `unreadable` (truncated, malformed, header and data disagree), `unit`, `missing_lead` or
+    `too_short` (under 5 s from `start`). An error of the machine (input/output, network, permission, open files) is raised as the OSError it is.
     """
-    ecg, missing = read_leads(path, start, array)
+    ecg, missing, _ = read_leads(path, start, array)
     if missing:
         raise missing_lead(missing)
     return ecg
 
 
-def read_leads(path: str | Path, start: float = 0.0, array: str = "") -> tuple[np.ndarray, list[str]]:
-    """As `read_record`, but leads that the record lacks are zeros and come back by name; without any of the twelve it is an error."""
-    path = str(path)
+def read_leads(path: str | Path, start: float = 0.0, array: str = "") -> tuple[np.ndarray, list[str], list[int]]:
+    """As `read_record`, but leads that the record lacks are zeros and come back by name; without any of the twelve it is an error.
+
+    Last, the rows that were saturated before they were resampled (none where nothing was).
+    """
+    path, held = str(path), []
     try:
         record = _open(path, array)
         ratio = _ratio(record.rate)
@@ -65,19 +70,19 @@ def read_leads(path: str | Path, start: float = 0.0, array: str = "") -> tuple[n
             first = max(0, (math.floor(begin / ratio) - reach) // ratio.denominator * ratio.denominator)
             last = min(record.samples, math.ceil((begin + SAMPLES) / ratio) + reach)
             signal, missing = record.read(first, last)
+            held = saturated(signal, record.rate)
             signal = _resample(signal, ratio)[:, begin - int(first * ratio) :][:, :SAMPLES]
-    except RecordError:
-        raise
-    # On purpose wide: damaged files make wfdb, numpy and soundfile raise IndexError, ValueError, MemoryError, LibsndfileError, ...
     except Exception as error:
-        raise _unreadable(path, error) from error
+        if fault := _fault(error):
+            raise fault from error
+        raise
     if len(missing) == len(LEADS):
         raise missing_lead(missing)
     if signal.shape[1] == SAMPLES:
-        return np.ascontiguousarray(signal), missing
+        return np.ascontiguousarray(signal), missing, held
     ecg = np.zeros((len(LEADS), SAMPLES), np.float32)
     ecg[:, : signal.shape[1]] = signal
-    return ecg, missing
+    return ecg, missing, held
 
 
 def windows(path: str | Path, which: str, array: str = "") -> list[float]:
@@ -91,10 +96,12 @@ def windows(path: str | Path, which: str, array: str = "") -> list[float]:
     try:
         record = _open(path, array)
         samples = math.floor(record.samples * _ratio(record.rate))  # at 500 Hz
-    except RecordError:
-        raise
     except Exception as error:
-        raise _unreadable(path, error) from error
+        if fault := _fault(error):
+            raise fault from error
+        raise
+    if samples > LONGEST * SAMPLING_RATE:
+        raise RecordError("unreadable", f"its header states {samples / SAMPLING_RATE / 86400:.0f} days")
     if which == "first" or samples < SAMPLES:
         return [0.0]
     if which == "middle":
@@ -120,10 +127,20 @@ def _begin(start: float) -> int:
     return round(start * SAMPLING_RATE)
 
 
-def _unreadable(path: str, error: Exception) -> RecordError:
-    """Only the kind of error: the texts of other libraries hold paths, dates and pieces of the file."""
-    kind = error.strerror if isinstance(error, OSError) and error.strerror else type(error).__name__
-    return RecordError("unreadable", f"{' '.join(os.path.basename(path).split())}: {kind}")
+def _fault(error: Exception) -> RecordError | None:
+    """What an error while reading says of the record; None where it is the machine's (or says so itself).
+
+    On purpose wide: damaged files make wfdb, numpy and soundfile raise IndexError, ValueError, MemoryError, LibsndfileError, ... Only the kind
+    is told: file names may be patients' names, and the texts of other libraries hold paths, dates and pieces of the file.
+    """
+    if isinstance(error, RecordError):
+        return None
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return RecordError("absent", "a file of the record is not there")
+    if number is not None and number not in (errno.EISDIR, errno.EINVAL, errno.ENAMETOOLONG):  # EIO, ESTALE, EACCES, EMFILE, ...
+        return None
+    return RecordError("unreadable", type(error).__name__)
 
 
 @functools.lru_cache(maxsize=1000)

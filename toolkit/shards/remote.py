@@ -44,7 +44,7 @@ class Mirror:
     def open(cls, url: str, cache: str | Path = CACHE, gigabytes: float = CACHE_GB, flag: str = "--shards") -> "Mirror":
         """Fetch index.json, always anew. Raises UserError naming `flag`, or --shard_cache if that cannot be written."""
         url = url.rstrip("/")
-        if urlsplit(url).password or "?" in url:  # it would be written to logs and arguments.json
+        if urlsplit(url).password or "?" in url or (urlsplit(url).username and url.startswith("http")):  # it would be written to logs and arguments.json
             raise UserError(f"{flag}: a password or signature in the address; put it into the configuration of its protocol instead (fsspec, aws, gcloud)")
         try:
             fs, root = fsspec.core.url_to_fs(url)
@@ -96,6 +96,8 @@ class Mirror:
                 return f"has {partial.stat().st_size:,} bytes, not {size:,}"
             if sha256_of(partial) != sha256:
                 return "has another sha256 than index.json says"
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(partial, path)
             return ""
         except Exception as error:  # as in `open`

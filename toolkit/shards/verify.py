@@ -8,22 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.errors import UserError
-from toolkit.shards.reader import locate
+from toolkit.shards.reader import fault, locate
 from toolkit.shards.remote import CACHE, CACHE_GB
 from toolkit.shards.writer import INDEX_DTYPE, KEY, sha256_of
-
-
-def fault(path: Path, entry: dict) -> str:
-    """What is wrong with a file whose `bytes` and `sha256` are known, '' if nothing."""
-    try:
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"has {size:,} bytes, not {entry['bytes']:,}"
-        return "" if sha256_of(path) == entry["sha256"] else "has another sha256 than index.json says"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
 
 
 def find_bad(

@@ -1,10 +1,13 @@
 """Join tasks to the ECGs of token shards: a task belongs to the split of its ECG, whatever folder it was read from."""
 
+import hashlib
+import json
 from collections import Counter, defaultdict
 
 import numpy as np
 
 from toolkit.shards.reader import Shards
+from toolkit.shards.writer import KEY
 
 Joined = dict[tuple[str, tuple[str, ...]], list[dict]]  # (split, ECG ids) -> tasks
 
@@ -14,6 +17,7 @@ class ECGs:
 
     def __init__(self, shards: dict[str, Shards]):
         self.shards, self.place = shards, {}
+        self.digest = next(iter(shards.values())).digest  # of the whole folder
         for split, reader in shards.items():
             for i in range(len(reader)):
                 self.place.setdefault(reader.meta(i)["record_id"], (split, i))
@@ -72,4 +76,7 @@ def samples(split: str, joined: Joined, ecgs: ECGs):
             "patients": [meta["patient"] for meta in metas],
             "tasks": [{k: v for k, v in task.items() if k != "ecg_ids"} for task in sorted(tasks, key=lambda t: (t["task"], t["id"]))],
         }
-        yield "_".join([source, *ecg_ids]), np.concatenate([ecgs.shards[split].ids(p) for p in places]), meta
+        key = "_".join([source, *ecg_ids]) if len(ecg_ids) > 1 else ecgs.shards[split].key(places[0])
+        if len(ecg_ids) > 1 and ("_" in "".join(ecg_ids) or not KEY.fullmatch(key)):  # a_b and c would be called like a and b_c
+            key = f"{source}_{hashlib.blake2s(json.dumps(ecg_ids).encode(), digest_size=8).hexdigest()}"
+        yield key, np.concatenate([ecgs.shards[split].ids(p) for p in places]), meta
