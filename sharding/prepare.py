@@ -121,6 +121,8 @@ def prepare(args: argparse.Namespace) -> bool:
         seconds = round(time.perf_counter() - started, 1)
         summary = {"arguments": arguments, "root": root, "records": len(rows), **summarise(kept, quarantine), **counts, "cleaned_reports": reports}
         engine.guarded(args.out, write_manifest, args.out, kept, quarantine, {**summary, "seconds": seconds})
+    for reason, count in summary["left_out"].items():
+        print(f"left out: {count} records {reason}")
     print(f"{args.out}: {summary['kept']} of {summary['ecgs']} ECGs kept, {summary['reports']} with a report, {seconds} s")
     print(summary_table(summary))
     if quarantine:

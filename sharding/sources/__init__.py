@@ -6,7 +6,7 @@ A source is a module with
 - `OWN_SPLIT: str | None`: what the dataset's own split is called as a choice of --split ("strat_fold" for PTB-XL), None if it publishes none.
 - `rows(root: Path, args: argparse.Namespace) -> Iterator[dict]`: one dict an ECG record, with the manifest's columns (sharding/manifest.py)
   except `qc` and `start`. `split` is '' where the dataset has none, `report` is its text before cleaning, `patient` = pseudonym(source, number).
-  Keys are unique. Raises `UserError` naming the flag or the file; may print one line on what it left out.
+  Keys are unique. For a record it leaves out, last of all, a dict {"left_out": why}, which is counted. Raises `UserError` naming the flag or the file.
 - `add_arguments(parser)`, only if it has options; `args` holds their values.
 """
 

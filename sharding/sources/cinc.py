@@ -30,8 +30,6 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
     if not headers:
         raise UserError(f"--root {root} has no .hea file below it: name the folder of the Challenge's training data")
     kept = headers if args.with_ptbxl else [path for path in headers if not PTBXL.fullmatch(path.stem)]
-    if len(kept) < len(headers):
-        print(f"{len(headers) - len(kept)} records of PTB-XL (HR...) left out: use the source ptbxl, or --with_ptbxl")
     if not kept:
         raise UserError(f"--root {root} holds PTB-XL alone: use the source ptbxl, which knows its patients, or add --with_ptbxl")
     seen = {}
@@ -56,6 +54,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "age": parse_age(said.get("Age", "")),
             "sex": SEX.get(said.get("Sex", "").lower(), ""),
         }
+    yield from ({"left_out": "of PTB-XL (HR...): use the source ptbxl, or --with_ptbxl"} for _ in range(len(headers) - len(kept)))
 
 
 def parse_age(text: str) -> float:

@@ -34,8 +34,8 @@ SEX = {"male": "male", "m": "male", "female": "female", "f": "female", "": "", "
 
 
 def source_name(text: str) -> str:
-    if not re.fullmatch(r"[a-z0-9_-]+", text):
-        raise argparse.ArgumentTypeError("lower case letters, digits, _ and - only")
+    if not re.fullmatch(r"[a-z0-9_-]{1,20}", text) or text in ("ptbxl", "mimic", "cinc"):
+        raise argparse.ArgumentTypeError("up to 20 lower case letters, digits, _ and -, and not the name of a public dataset")
     return text
 
 
@@ -84,12 +84,17 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "path": full,
             "array": array,
             "report": cells.get("report", ""),
-            "labels": [label for label in map(clean, re.split(r"[;|]", cells.get("labels", ""))) if label],
+            "labels": [label for label in map(clean_label, re.split(r"[;|]", cells.get("labels", ""))) if label],
             "age": age,
             "sex": sex,
         }
     if not found:
         raise UserError(f"{table} has a header and no rows: add a row for each ECG")
+
+
+def clean_label(text: str) -> str:
+    """A code as it is (a SNOMED code is a long number), words without what identifies a patient."""
+    return text.strip() if re.fullmatch(r"\s*[\w.+/-]{1,40}\s*", text) else clean(text)
 
 
 def find_table(root: Path) -> Path:

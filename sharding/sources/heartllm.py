@@ -28,7 +28,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
     """One dict an ECG that a file names, in the order of the dataset's table: see sharding/sources/__init__.py.
 
     An ECG that files of two splits name has split "train and valid", which --split file refuses and the other choices replace. ECGs that
-    the download does not have are counted; `UserError` if it has none.
+    the download does not have are left out and counted; `UserError` if it has none.
     """
     splits, reports = {}, {}
     for file in args.json:
@@ -44,8 +44,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             yield {**row, "split": " and ".join(name for name in SPLITS if name in names), "report": reports.get(row["record_id"], "")}
     if not found:
         raise UserError(f"--json: none of {len(splits)} ECGs is in --root {root}: are the files those of another dataset?")
-    if found < len(splits):
-        print(f"{len(splits) - found} of {len(splits)} ECGs that --json names are not in {root}: left out")
+    yield from ({"left_out": "that --json names and --root does not have"} for _ in range(len(splits) - found))
 
 
 def dataset(root: Path):

@@ -1,7 +1,7 @@
 """MIMIC-IV-ECG 1.0, https://physionet.org/content/mimic-iv-ecg/1.0/: `record_list.csv`, `machine_measurements.csv` and the WFDB records below files/.
 
 Age and sex are no part of it: --mimic-iv names a download of MIMIC-IV (https://physionet.org/content/mimiciv/), whose hosp/patients.csv.gz has them.
-There are no labels and no split. The tables are joined on study_id and subject_id, never by the order of their rows.
+There are no labels and no split. Reports are joined on study_id, patients on subject_id, never by the order of rows.
 """
 
 import argparse
