@@ -120,7 +120,7 @@ def judge(rows: list[dict]) -> dict:
 def cards(shards: Shards, rows: list[dict], tokenizer: ECGTokenizer) -> list[dict]:
     """A dozen ECGs evenly spaced over the split, so that the choice flatters nobody."""
     try:
-        manifest = read_manifest(shards.index["manifest"])
+        manifest = read_manifest(shards.folder / shards.index["manifest"])
         recordings = dict(zip(manifest["record_id"], zip(manifest["path"], manifest["start"], manifest["array"])))
     except UserError:  # the shards were moved without their manifest: the report draws reconstructions alone
         recordings = {}

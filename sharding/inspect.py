@@ -59,12 +59,12 @@ def choose(args: argparse.Namespace, index: dict) -> tuple[Shards, int]:
     raise UserError(f"--key {args.key}: not in {', '.join(splits)} of {args.folder}; the first key is {shards.key(0)}")
 
 
-def recordings(manifest: str, key: str, meta: dict) -> list[np.ndarray | None]:
+def recordings(manifest: Path, key: str, meta: dict) -> list[np.ndarray | None]:
     """The recording float32 [12, 5000] mV of each ECG of a sample, None where it or the manifest is not at hand."""
     ids = meta.get("record_ids") or [meta["record_id"]]
     columns = ["key", "source", "record_id", "path", "start", "array"]
     try:
-        table = pq.ParquetFile(Path(manifest) / MANIFEST).read(columns=columns)
+        table = pq.ParquetFile(manifest / MANIFEST).read(columns=columns)
     except (OSError, pa.ArrowException):
         return [None] * len(ids)
     if set(columns) - set(table.column_names):  # of another format version
@@ -86,7 +86,7 @@ def draw(shards: Shards, i: int, out: Path) -> str:
     """Draw the ECGs of sample i to `out`; returns what was drawn, for people."""
     meta, pages = shards.meta(i), []
     reconstructions = tokenizer_of(shards).decode(shards.ids(i))  # z-scores of each lead
-    found = recordings(shards.index.get("manifest", ""), shards.key(i), meta)
+    found = recordings(shards.folder / shards.index.get("manifest", ""), shards.key(i), meta)
     for number, (reconstruction, ecg) in enumerate(zip(reconstructions, found, strict=True), 1):
         picture = io.BytesIO()
         title = shards.key(i) + (f", ECG {number}" if len(found) > 1 else "")

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -79,7 +80,7 @@ def shard(args: argparse.Namespace) -> bool:
         "device": device,
     }
     with engine.claim(args.out, once, FILES, args) as folder:
-        return make(args, folder, plan(manifest, args.shard_size), qc, tokenizer, {**once, "manifest": str(args.manifest.resolve())}, device)
+        return make(args, folder, plan(manifest, args.shard_size), qc, tokenizer, {**once, "manifest": os.path.relpath(args.manifest, args.out)}, device)
 
 
 def load(args: argparse.Namespace) -> tuple[ECGTokenizer, str]:

@@ -9,6 +9,7 @@ Made again, the tasks of the kind that is named are replaced and the others kept
 """
 
 import argparse
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -22,7 +23,7 @@ from toolkit.tasks.ecgqa import read_ecgqa
 from toolkit.tasks.heartllm import read_heartllm
 from toolkit.tasks.join import ECGs, join, keep_other_tasks, report_tasks, samples
 
-ONCE = ("tokenizer", "tokens_per_ecg", "codes", "levels", "dims", "manifest", "shard_size")
+ONCE = ("tokenizer", "tokens_per_ecg", "codes", "levels", "dims", "shard_size")
 KINDS = ("ecgqa", "reports", "heartllm")
 
 
@@ -67,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
             entry = write_split(folder, split, samples(split, joined, ecgs), index["shard_size"])
             splits[split] = {**entry, "tasks": dict(sorted(kinds.items()))}
         shutil.copytree(args.shards / "tokenizer", folder / "tokenizer")
-        write_index(folder, splits, kind="tasks", made_from=made_from, **{name: index[name] for name in ONCE})
+        manifest = os.path.relpath(args.shards / index["manifest"], args.out)
+        write_index(folder, splits, kind="tasks", made_from=made_from, manifest=manifest, **{name: index[name] for name in ONCE})
     for what, count in counts.most_common():
         print(f"{count:>9,} {args.kind} tasks: {what}")
     for split, entry in splits.items():
