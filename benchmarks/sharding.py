@@ -234,9 +234,9 @@ def loading(data: Path, work: Path) -> list[dict]:
         return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False, select_files=lambda name: name.endswith(only)).decode())
 
     calls = (
-        lambda: [shards.ids(i) for i in order],
+        lambda: sum(1 for i in order if shards.ids(i) is not None),
         lambda: wds(".npy"),
-        lambda: [(shards.ids(i), shards.meta(i)) for i in order],
+        lambda: sum(1 for i in order if shards.ids(i) is not None and shards.meta(i)),
         lambda: wds(".npy", ".json"),
     )
     ids, wds_ids, both, wds_both = (1e6 * s / n for s in seconds(*calls))
