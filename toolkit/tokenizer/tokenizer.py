@@ -25,7 +25,7 @@ from toolkit.tokenizer.model import Decoder, Encoder, normalise, quantise
 
 FORMAT_VERSION = 1
 # Distance of an encoder output, in levels, to the boundary of two digits below which float64 decides. Float32 is off by 4e-6 at most (60 ECGs, four
-# tokenizers), and by other amounts with other instruction sets: 3 of 1.5 M ids differed between AVX2 and AVX-512. One ECG in 60 is this close.
+# tokenizers), and by other amounts with other instruction sets: 3 of 1.5 M ids differed between AVX2 and AVX-512. At most one ECG in 60 was this close.
 TIE = 1e-5
 DECODERS = {  # name: (channels, blocks at the token rate)
     "small": (128, 3),  # 0.9 M parameters: trains on a CPU
