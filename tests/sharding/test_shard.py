@@ -316,3 +316,36 @@ def test_ordered_map_is_map(workers):
 def test_a_killed_worker_is_named():
     with pytest.raises(UserError, match="--workers: a worker process was killed"):
         list(engine.ordered_map(work, [1, "kill", 2], 2))
+
+
+def test_encoding_in_this_process_gives_the_same_ids(made):
+    """What runs where there is a GPU: workers read, this process encodes. Here with the tokenizer on the CPU."""
+    frame = read_manifest(made / "manifest")
+    work = list(shard.chunks([frame], "drop"))
+    tokenizer = ECGTokenizer.from_pretrained(made / "tokenizer")
+    shard.start_encoder(str(made / "tokenizer"))
+    here, there = (list(results) for results in (shard.encoded_here(map(shard.read, work), tokenizer), map(shard.read_and_encode, work)))
+    assert len(here) == len(there) == 1 and set(here[0][2]) == {"read", "wait", "encode"}
+    np.testing.assert_array_equal(here[0][0], there[0][0])
+    assert here[0][0].shape == (RECORDS, 313)
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "3"}, (1, 3)),
+        ({"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script outside srun does all the work
+    ],
+)
+def test_ranks_come_from_the_environment(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    parser = argparse.ArgumentParser()
+    engine.add_arguments(parser)
+    args = parser.parse_args([])
+    assert (args.rank, args.world_size) == expected
