@@ -61,8 +61,8 @@ def seconds(*calls: Callable, rounds: int = ROUNDS) -> list[float]:
 
 def reading(data: Path, work: Path) -> list[dict]:
     """Per form of record: `read_record` against `wfdb.rdsamp`, bit-equal samples."""
-    slow, other = work / "100hz", work / "212"
-    for folder in (slow, other):
+    slow, other, parted = work / "100hz", work / "212", work / "segments"
+    for folder in (slow, other, parted):
         folder.mkdir()
     expanded = names(work / "ptbxl_mv", 40)
     for i, name in enumerate(expanded):
@@ -72,6 +72,10 @@ def reading(data: Path, work: Path) -> list[dict]:
         wfdb.wrsamp(
             f"{i}", fs=500, p_signal=record.p_signal.clip(-10, 10), fmt=["212"] * 12, adc_gain=[200.0] * 12, baseline=[0] * 12, write_dir=str(other), **common
         )
+        for half in (0, 1):
+            signal, gain = record.p_signal[2500 * half : 2500 * (half + 1)], [1000.0] * 12
+            wfdb.wrsamp(f"{i}_{half}", fs=500, p_signal=signal, fmt=["16"] * 12, adc_gain=gain, baseline=[0] * 12, write_dir=str(parted), **common)
+        (parted / f"m{i}.hea").write_text(f"m{i}/2 12 500 5000\n{i}_0 2500\n{i}_1 2500\n")
     forms = {
         "format 16, 500 Hz": expanded,
         "format 16, z-scored": names(work / "ptbxl", 40),
@@ -79,6 +83,7 @@ def reading(data: Path, work: Path) -> list[dict]:
         "516 (FLAC)": names(data / "ptbxl_mv", 40),
         "format 212": names(other, 40),
         "format 16, 100 Hz to 500 Hz": names(slow, 40),
+        "two segments (left to wfdb)": [str(parted / f"m{i}") for i in range(len(expanded))],
     }
     results, spawn = [], multiprocessing.get_context("spawn")
     # A process each: what wfdb frees goes back to the system, and page faults would slow whoever allocates next.
