@@ -26,9 +26,9 @@ from toolkit.evaluation.generate import answer_tasks
 from toolkit.evaluation.html_report import write_report
 from toolkit.files import run_folder, write_text
 from toolkit.lm.trained import load_trained
-from toolkit.lm.vocabulary import ecg_vocabulary
 from toolkit.shards.reader import Shards
 from toolkit.tasks.prompts import reference_text
+from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 from toolkit.training.arguments import LaunchArguments, arg, as_record, parse
 from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start
@@ -53,7 +53,7 @@ def main() -> None:
     started = time.time()
     (shards, train), _ = open_shards(args, [args.split, "train"], "tasks")
     dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()) else torch.float32
-    model, tokenizer = load_trained(args.model, shards.index, dtype)
+    model, tokenizer, vocabulary = load_trained(args.model, shards.index, dtype)
     ecg_tokenizer = tokenizer_of(shards)
     ranks, folder = start(), run_folder(args.output_dir)  # before the hours of generation, not after
     made = {name: value for name, value in as_record(args).items() if name not in ("shard_cache", "shard_cache_gb")} | {"shards digest": shards.digest}
@@ -62,7 +62,7 @@ def main() -> None:
             print(f"{folder} is complete already")
         return
     baseline = blind.fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
-    rows = gather(predict(model.to(ranks.device), tokenizer, shards, baseline, args, ranks), ranks)
+    rows = gather(predict(model.to(ranks.device), tokenizer, vocabulary, shards, baseline, args, ranks), ranks)
     if ranks.main:
         write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         scores = judge(rows)
@@ -78,18 +78,19 @@ def main() -> None:
         print(f"report: {(folder / 'report.html').resolve()}")
 
 
-def predict(model, tokenizer, shards: Shards, baseline: dict, args: EvaluateArguments, ranks: Ranks) -> list[dict]:
+def predict(model, tokenizer, vocabulary: ECGVocabulary, shards: Shards, baseline: dict, args: EvaluateArguments, ranks: Ranks) -> list[dict]:
     """This rank's rows of predictions.jsonl, each with the place of its sample."""
-    vocabulary, rows = ecg_vocabulary(tokenizer), []
-    # by number of ECGs, because prefixes of a batch must be of one length
+    rows = []
+    # by number of ECGs, because those of a batch must be of one length
     mine = sorted(range(ranks.rank, len(shards), ranks.world), key=lambda i: (int(shards.rows[i]["n_ecgs"]), i))
     bar = tqdm(total=len(mine), desc="evaluate", unit="ECG", disable=None if ranks.main else True)
     while mine:
         n_ecgs = shards.rows[mine[0]]["n_ecgs"]
         batch = [i for i in mine[: args.per_device_eval_batch_size] if shards.rows[i]["n_ecgs"] == n_ecgs]
         mine = mine[len(batch) :]
-        samples = [(shards.ids(i), shards.meta(i)["tasks"]) for i in batch]
-        for i, (_, tasks), answers in zip(batch, samples, answer_tasks(model, tokenizer, vocabulary, samples, args.max_new_tokens, ranks.device)):
+        metas = [shards.meta(i) for i in batch]
+        samples = [(shards.ids(i), meta["gains"], meta["tasks"]) for i, meta in zip(batch, metas)]
+        for i, (_, _, tasks), answers in zip(batch, samples, answer_tasks(model, tokenizer, vocabulary, samples, args.max_new_tokens, ranks.device)):
             for task, answer in zip(tasks, answers):
                 known = {name: task[name] for name in KEPT if name in task}
                 rows.append({**known, "sample": i, "prediction": answer, "reference": reference_text(task), "blind": blind.predict(baseline, task)})

@@ -6,7 +6,7 @@ The output folder is a PEFT adapter: `PeftModel.from_pretrained(AutoModelForCaus
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ class InstructArguments(TrainingShardArguments, TrainingArguments):
     backbone: str = arg("Folder written by launchers/pretrain.py.")
     shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 8)
+    gain_text: bool = arg("Say each lead's amplitude in the prompt, in words: for a backbone without gain tokens (--gain_tokens of pretrain).", False)
     train_rows: Literal["auto", "all", "none"] = arg("Train the embedding's rows beside LoRA. auto: all if the backbone never saw text (tiny).", "auto")
     lora_r: int = arg("Rank of LoRA.", 16)
     lora_alpha: int = arg("LoRA scale is alpha / rank.", 16)
@@ -50,10 +51,12 @@ def main() -> None:
     stamp = check_stamp(args.backbone, shards.index, "--backbone")
     if not (Path(args.backbone) / RESULTS).is_file():
         raise UserError(f"--backbone: the training of {args.backbone} is not complete; run its launchers/pretrain.py command again")
-    ranks = start()
     backbone = str(Path(args.backbone).resolve())  # the adapter's configuration remembers it
     model, tokenizer = load_backbone(backbone, tuple, args.seed)
-    vocabulary = ecg_vocabulary(tokenizer)
+    vocabulary = replace(ecg_vocabulary(tokenizer), gain_text=args.gain_text)
+    if args.gain_text and vocabulary.gain_first is not None:
+        raise UserError(f"--gain_text: {args.backbone} has gain tokens, which say the same; leave it out")
+    ranks = start()
     attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,14 +77,14 @@ def main() -> None:
     def sample(engine) -> str:
         meta = valid_shards.meta(0)
         with attention.plain_attention(engine.module) as plain:
-            answers = answer_tasks(plain, tokenizer, vocabulary, [(valid_shards.ids(0), meta["tasks"])], 64, ranks.device)[0]
+            answers = answer_tasks(plain, tokenizer, vocabulary, [(valid_shards.ids(0), meta["gains"], meta["tasks"])], 64, ranks.device)[0]
         lines = [f"{question_text(t)} {given} (reference: {reference_text(t)})" for t, given in zip(meta["tasks"], answers)]
         return "\n\n".join(lines)
 
     def export(module, folder: Path) -> None:
         save_adapter(module, folder)
         tokenizer.save_pretrained(folder)
-        save_stamp(folder, shards.index, knows_text=True)
+        save_stamp(folder, shards.index, knows_text=True, gain_text=args.gain_text)
 
     identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": digest(Path(backbone) / RESULTS)}
     train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "instruct")

@@ -39,6 +39,7 @@ class PretrainArguments(TrainingShardArguments, TrainingArguments):
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
     shards: str = arg("Token shards written by `python -m sharding.shard`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     report_targets: Literal["auto", "yes", "no"] = arg("Predict each ECG's report after it as well. auto: if the backbone never saw text (tiny).", "auto")
+    gain_tokens: bool = arg("Put 12 tokens before each ECG that say its leads' amplitudes. A backbone that has such tokens goes on with them.", False)
     learning_rate: float | None = arg("Peak learning rate. Default 0.25 / hidden size: 1e-3 for tiny, 4e-4 for smollm2, 8e-5 for Llama-3.2-3B.", None)
 
 
@@ -57,7 +58,7 @@ def main() -> None:
     model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
     if args.learning_rate is None:
         args.learning_rate = 0.25 / model.config.hidden_size
-    vocabulary = extend(model, tokenizer, shards.index["levels"], shards.index["dims"], args.seed, knows_text)
+    vocabulary = extend(model, tokenizer, shards.index["levels"], args.seed, knows_text, args.gain_tokens)
     attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,7 +75,7 @@ def main() -> None:
 
     @torch.no_grad()
     def sample(engine) -> str:
-        ids = prefix_ids(tokenizer, vocabulary, valid_shards.ids(0))
+        ids = prefix_ids(tokenizer, vocabulary, valid_shards.ids(0), valid_shards.meta(0)["gains"])
         with attention.plain_attention(engine.module) as plain:
             given = torch.from_numpy(ids[:SHOWN])[None].to(ranks.device)
             made = plain.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=CONTINUED, do_sample=False, pad_token_id=tokenizer.eos_token_id)

@@ -5,7 +5,8 @@
     python -m sharding.inspect runs/demo/tasks --split valid --index 17 --out 17.png
 
 The drawing is decoded from the tokens by the tokenizer beside the shards. Where the manifest and its recordings are at hand, the recording is drawn with
-it in mV; otherwise it is in standard deviations of each lead, as the tokenizer knows no amplitude. Two ECGs of a comparison are drawn below each other.
+it; otherwise the reconstruction stands alone, in mV by the gains in the json, each lead about its mean. Two ECGs of a comparison are drawn below each
+other.
 """
 
 import argparse
@@ -20,11 +21,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sharding.manifest import MANIFEST
+from toolkit.ecg.gains import gain_text
 from toolkit.ecg.plot import draw_ecg
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.evaluation.cards import tokenizer_of
+from toolkit.evaluation.cards import millivolts, tokenizer_of
 from toolkit.shards.reader import Shards, locate
 from toolkit.shards.remote import CACHE, CACHE_GB
 
@@ -85,16 +87,16 @@ def recordings(manifest: Path, key: str, meta: dict) -> list[np.ndarray | None]:
 def draw(shards: Shards, i: int, out: Path) -> str:
     """Draw the ECGs of sample i to `out`; returns what was drawn, for people."""
     meta, pages = shards.meta(i), []
-    reconstructions = tokenizer_of(shards).decode(shards.ids(i))  # z-scores of each lead
+    tokenizer = tokenizer_of(shards)
+    reconstructions = tokenizer.decode(shards.ids(i))  # z-scores of each lead
     found = recordings(shards.folder / shards.index.get("manifest", ""), shards.key(i), meta)
-    for number, (reconstruction, ecg) in enumerate(zip(reconstructions, found, strict=True), 1):
+    for number, (z, gains, ecg) in enumerate(zip(reconstructions, meta["gains"], found, strict=True), 1):
         picture = io.BytesIO()
         title = shards.key(i) + (f", ECG {number}" if len(found) > 1 else "")
         if ecg is None:
-            draw_ecg(reconstruction, picture, title=title, unit="SD")
+            draw_ecg(z * np.array(gains)[:, None], picture, title=title)
         else:
-            mean, std = ecg.mean(-1, keepdims=True), ecg.std(-1, keepdims=True)
-            draw_ecg(ecg, picture, title=title, reconstruction=reconstruction * std + mean)
+            draw_ecg(ecg, picture, title=title, reconstruction=millivolts(tokenizer, z, ecg))
         pages.append(Image.open(picture).convert("RGB"))
     whole = Image.new("RGB", (pages[0].width, sum(page.height for page in pages)))
     for number, page in enumerate(pages):
@@ -130,9 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"shard  {shards.shard_of(i)['name']}, ids at byte {row['ids_offset']:,}, json at byte {row['json_offset']:,}")
     for ecg in ids:
         print(f"ids    {ids.dtype} {list(ids.shape)}: {' '.join(map(str, ecg[:SHOWN]))} ...")
+    meta = shards.meta(i)
+    print(gain_text(meta["gains"]))
     if args.out:
         print(draw(shards, i, args.out))
-    print(json.dumps(shards.meta(i), indent=2, ensure_ascii=False))
+    print(json.dumps(meta, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import torch
 
 from sharding import engine
 from sharding.manifest import SPLITS, read_manifest, read_summary
+from toolkit.ecg.gains import gains, rounded
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError, exit_2_on_user_error
@@ -74,7 +75,6 @@ def shard(args: argparse.Namespace) -> bool:
         "tokens_per_ecg": tokenizer.tokens_per_ecg,
         "codes": tokenizer.config.codes,
         "levels": tokenizer.config.levels,
-        "dims": tokenizer.config.dims,
         "manifest_digest": read_summary(args.manifest)["digest"],
         "shard_size": args.shard_size,
         "device": device,
@@ -160,23 +160,25 @@ def start_encoder(tokenizer: str) -> None:
     _tokenizer = ECGTokenizer.from_pretrained(tokenizer)
 
 
-def read(records: list[tuple]) -> tuple[np.ndarray, list[dict], dict]:
-    """ECGs float32 [n, 12, 5000] of the records (key, path, start, array, qc) that can still be read and pass the quality check, a line for
-    each that cannot, and the seconds it took."""
+def read(records: list[tuple]) -> tuple[np.ndarray, list[list[float]], list[dict], dict]:
+    """ECGs float32 [n, 12, 5000] of the records (key, path, start, array, qc) that can still be read and pass the quality check, their gains
+    [n][12] mV, a line for each record that cannot, and the seconds it took."""
     started, bad = time.perf_counter(), []
     ecgs = list(readable(records, bad))
-    return np.array(ecgs, np.float32).reshape(-1, 12, 5000), bad, {"read": time.perf_counter() - started}
+    scales = [rounded(gains(ecg)) for ecg in ecgs]
+    return np.array(ecgs, np.float32).reshape(-1, 12, 5000), scales, bad, {"read": time.perf_counter() - started}
 
 
-def read_and_encode(records: list[tuple]) -> tuple[np.ndarray, list[dict], dict]:
+def read_and_encode(records: list[tuple]) -> tuple[np.ndarray, list[list[float]], list[dict], dict]:
     """As `read`, but tokens uint16 [n, 313]. One ECG after the other: what was just read is still in the cache."""
-    started, encoding, ids, bad = time.perf_counter(), 0.0, [], []
+    started, encoding, ids, scales, bad = time.perf_counter(), 0.0, [], [], []
     for ecg in readable(records, bad):
+        scales.append(rounded(gains(ecg)))
         since = time.perf_counter()
         ids.append(_tokenizer.encode(ecg))
         encoding += time.perf_counter() - since
     took = {"read": time.perf_counter() - started - encoding, "encode": encoding}
-    return np.array(ids, np.uint16).reshape(-1, _tokenizer.tokens_per_ecg), bad, took
+    return np.array(ids, np.uint16).reshape(-1, _tokenizer.tokens_per_ecg), scales, bad, took
 
 
 def readable(records: list[tuple], bad: list[dict]) -> Iterator[np.ndarray]:
@@ -194,27 +196,27 @@ def encoded_here(results: Iterator, tokenizer: ECGTokenizer) -> Iterator:
     while True:
         started = time.perf_counter()
         try:
-            ecgs, bad, seconds = next(results)
+            ecgs, scales, bad, seconds = next(results)
         except StopIteration:
             return
         arrived = time.perf_counter()
         ids = tokenizer.encode(ecgs)
-        yield ids, bad, {**seconds, "wait": arrived - started, "encode": time.perf_counter() - arrived}
+        yield ids, scales, bad, {**seconds, "wait": arrived - started, "encode": time.perf_counter() - arrived}
 
 
 def samples(rows: list[dict], results: Iterator, quarantine: list[dict], seconds: Counter, bar, args) -> Iterator[tuple[str, np.ndarray, dict]]:
     """(key, ids [1, 313], json) of each encoded ECG of one shard, in manifest order."""
     for i in range(0, len(rows), CHUNK):
-        chunk, (ids, bad, took) = rows[i : i + CHUNK], next(results)
+        chunk, (ids, scales, bad, took) = rows[i : i + CHUNK], next(results)
         if bad and args.on_bad_record == "error":
             what = f"{bad[0]['key']} passed the check of `prepare` and does not now ({bad[0]['reason']}: {bad[0]['message']})"
             raise UserError(f"--manifest: {what}; put the file back and run the same command again, or add --on_bad_record skip")
         quarantine += bad
         seconds.update(took)
         unread = {line["key"] for line in bad}
-        for row, tokens in zip((row for row in chunk if row["key"] not in unread), ids, strict=True):
+        for row, tokens, scale in zip((row for row in chunk if row["key"] not in unread), ids, scales, strict=True):
             meta = {name: row[name] for name in META}
-            yield row["key"], tokens[None], {**meta, "age": None if row["age"] != row["age"] else row["age"]}
+            yield row["key"], tokens[None], {**meta, "age": None if row["age"] != row["age"] else row["age"], "gains": [scale]}
         bar.update(len(chunk))
 
 

@@ -23,7 +23,7 @@ from toolkit.tasks.ecgqa import read_ecgqa
 from toolkit.tasks.heartllm import read_heartllm
 from toolkit.tasks.join import ECGs, join, keep_other_tasks, report_tasks, samples
 
-ONCE = ("tokenizer", "tokens_per_ecg", "codes", "levels", "dims", "shard_size")
+ONCE = ("tokenizer", "tokens_per_ecg", "codes", "levels", "shard_size")
 KINDS = ("ecgqa", "reports", "heartllm")
 
 

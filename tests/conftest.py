@@ -18,13 +18,22 @@ def ecg_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny():
-    """(model, tokenizer, vocabulary) in float32 with packed attention; do not train it."""
+def tiny_with_gains():
+    """(model, tokenizer, vocabulary) with gain tokens, in float32 with packed attention; do not train it."""
     from toolkit.lm import attention
     from toolkit.lm.backbone import load_backbone
     from toolkit.lm.vocabulary import extend
 
     model, tokenizer = load_backbone("tiny", lambda: ["sinus rhythm. normal ecg.", "Does this ECG show symptoms of atrial fibrillation?"] * 5, seed=0)
-    vocabulary = extend(model, tokenizer, 6, 4, seed=0, knows_text=False)
+    vocabulary = extend(model, tokenizer, [6, 6, 6, 6], seed=0, knows_text=False, gain_tokens=True)
     model.set_attn_implementation(attention.NAME)
     return model.eval(), tokenizer, vocabulary
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_with_gains):
+    """The same, its gain tokens not used."""
+    from dataclasses import replace
+
+    model, tokenizer, vocabulary = tiny_with_gains
+    return model, tokenizer, replace(vocabulary, gain_first=None)

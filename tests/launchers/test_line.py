@@ -54,6 +54,7 @@ def test_a_run_folder_holds_what_it_should(line, stage):
 def test_pretrained_model_and_adapter_load_with_plain_libraries(line):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(line / "pretrain", dtype=torch.float32), AutoTokenizer.from_pretrained(line / "pretrain")
     assert tokenizer.convert_tokens_to_ids("<|ecg_1295|>") - tokenizer.convert_tokens_to_ids("<|ecg_0000|>") == 1295
+    assert tokenizer.convert_tokens_to_ids("<|gain_31|>") - tokenizer.convert_tokens_to_ids("<|gain_00|>") == 31
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight  # tied stays tied
     weights = load_file(line / "instruct" / "adapter_model.safetensors")
     moved = [name for name, w in weights.items() if "lora_B" in name and w.abs().max() > 0]
@@ -95,7 +96,7 @@ def pretrain_again(line, out, ranks, accumulation, *more):
     """The pretraining of `line` with the same global batch cut for another number of ranks."""
     return deepspeed("launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "tiny", "--shards", line / "shards", "--output_dir", out,
                      "--max_steps", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation, "--logging_steps", 1,
-                     "--precision", "fp32", *more, ranks=ranks)  # fmt: skip
+                     "--precision", "fp32", "--gain_tokens", "true", *more, ranks=ranks)  # fmt: skip
 
 
 def test_a_finished_run_started_again_changes_nothing(line):
@@ -162,10 +163,12 @@ def test_mistakes_are_one_line_and_exit_2(line, tmp_path):
 
 LAUNCHER_MISTAKES = {
     "pretrain": [("--shards", "nowhere", "--shards: nowhere has no index.json"), ("--deepspeed", "nowhere.json", "--deepspeed: nowhere.json cannot be read")],
-    "instruct": [("--backbone", "nowhere", "--backbone: nowhere has no heartspeed.json"), ("--shards", "shards", "holds tokens, not tasks")],
+    "instruct": [("--backbone", "nowhere", "--backbone: nowhere has no heartspeed.json"), ("--shards", "shards", "holds tokens, not tasks"),
+                 ("--gain_text", "true", "--gain_text: .* has gain tokens")],
     "evaluate": [("--model", "nowhere", "--model: nowhere holds neither"), ("--shards", "shards", "holds tokens, not tasks")],
-    "train_tokenizer": [("--manifest", "nowhere", "--manifest nowhere has no"), ("--precision", "bf16", "trains in fp32")],
-}
+    "train_tokenizer": [("--manifest", "nowhere", "--manifest nowhere has no"), ("--levels", "1", "--levels: needs 2"),
+                        ("--augment_wander", "2", "--augment_wander: must be a probability"), ("--early_stopping_patience", "3", "needs --eval_steps")],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -31,15 +31,16 @@ def test_smollm2_speaks_and_takes_the_ecg_vocabulary(tmp_path, monkeypatch):
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0])
     assert "Paris" in text
 
-    vocabulary = extend(model, tokenizer, 6, 4, seed=0, knows_text=True)
+    vocabulary = extend(model, tokenizer, [6, 6, 6, 6], seed=0, knows_text=True, gain_tokens=True)
     again = tokenizer.decode(model.generate(**prompt, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0])
     assert again == text  # new rows do not disturb old ones
     model.set_attn_implementation(attention.NAME)
     tasks = [{"task": "ecgqa", "question": "Is it normal?", "answer": ["yes"]}, {"task": "report", "report": "sinus rhythm"}]
-    row = pack([task_group(tokenizer, vocabulary, np.arange(313, dtype=np.uint16)[None], tasks)])
+    sample = np.arange(313, dtype=np.uint16)[None], [np.geomspace(0.02, 2, 12)]
+    row = pack([task_group(tokenizer, vocabulary, *sample, tasks)])
     with torch.no_grad():
         both = packed_logits(model, row, "cpu")
-        alone = [packed_logits(model, pack([task_group(tokenizer, vocabulary, np.arange(313, dtype=np.uint16)[None], [t])]), "cpu") for t in tasks]
+        alone = [packed_logits(model, pack([task_group(tokenizer, vocabulary, *sample, [t])]), "cpu") for t in tasks]
     assert (both - torch.cat(alone)).abs().max() < 1e-3  # 30 layers in float32, logits of 20
 
     model.save_pretrained(tmp_path / "saved")

@@ -74,8 +74,11 @@ def test_every_ecg_is_encoded_once_in_its_split(made):
         for i in range(count):
             key, meta = shards.key(i), shards.meta(i)
             row = frame.loc[key]
+            ecg = read_checked(row["path"])[0]
+            (scale,) = meta.pop("gains")
+            np.testing.assert_allclose(scale, ecg.astype(np.float64).std(1), rtol=5e-4)  # four significant digits
             assert meta == {name: row[name] for name in shard.META} and meta["split"] == split and "✓" in meta["report"]
-            np.testing.assert_array_equal(shards.ids(i)[0], tokenizer.encode(read_checked(row["path"])[0]))
+            np.testing.assert_array_equal(shards.ids(i)[0], tokenizer.encode(ecg))
             seen.append(key)
     assert sorted(seen) == sorted(frame.index) and len(seen) == RECORDS
     assert [s["samples"] for s in read_index(made / "shards")["splits"]["train"]["shards"]] == [4] * 6
@@ -325,9 +328,9 @@ def test_encoding_in_this_process_gives_the_same_ids(made):
     tokenizer = ECGTokenizer.from_pretrained(made / "tokenizer")
     shard.start_encoder(str(made / "tokenizer"))
     here, there = (list(results) for results in (shard.encoded_here(map(shard.read, work), tokenizer), map(shard.read_and_encode, work)))
-    assert len(here) == len(there) == 1 and set(here[0][2]) == {"read", "wait", "encode"}
+    assert len(here) == len(there) == 1 and set(here[0][3]) == {"read", "wait", "encode"}
     np.testing.assert_array_equal(here[0][0], there[0][0])
-    assert here[0][0].shape == (RECORDS, 313)
+    assert here[0][0].shape == (RECORDS, 313) and here[0][1] == there[0][1] and np.shape(here[0][1]) == (RECORDS, 12)
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,14 @@ from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
 
 def ecg(i, split, patient=None, key=None):
     meta = {"source": "made", "record_id": str(i), "patient": patient or f"p{i // 2}", "split": split, "report": "Überleitung ✓", "labels": ["NORM"]}
+    meta["gains"] = [[0.1 + i / 100] * 12]
     return key or f"made_{i:04d}", np.random.default_rng(i).integers(0, 1296, (1, 313)).astype(np.uint16), meta
 
 
 def tasks(i, j, split, patients):
     ids = np.concatenate([ecg(k, split)[1] for k in (i, j)])
     meta = {"source": "made", "record_ids": [str(i), str(j)], "patients": patients, "split": split, "tasks": [{"task": "ecgqa", "question": "?"}]}
+    meta["gains"] = [[0.1] * 12, [0.2] * 12]
     return f"made_{i}_{j}", ids, meta
 
 
@@ -105,6 +107,8 @@ def rewrite(**changes):
 
     def damage(folder):
         samples = [ecg(i, changes.get("split", "train"), key=changes.get("key") if i == 7 else None) for i in range(4, 8)]
+        if "gains" in changes:
+            samples[2][2]["gains"] = changes["gains"]
         if changes.get("short"):
             samples = [(key, ids[:, :300], meta) for key, ids, meta in samples]
         entry, rows = write_shard(folder, "train-000001.tar", samples)
@@ -149,6 +153,9 @@ READ = {  # found by reading the tar, its sha256 being right
     "a split that is not its own": (rewrite(split="test"), "its json says split 'test'"),
     "a key of another shard": (rewrite(key="made_0001"), "key made_0001 is in train-000000.tar as well"),
     "too few tokens": (rewrite(short=True), "300 tokens an ECG, not 313"),
+    "no gains": (rewrite(gains=[]), "made_0006: its gains are not 1 times 12 amplitudes"),
+    "a lead too few": (rewrite(gains=[[0.1] * 11]), "made_0006: its gains are not 1 times 12 amplitudes"),
+    "a gain of zero": (rewrite(gains=[[0.1] * 11 + [0]]), "made_0006: its gains are not 1 times 12 amplitudes"),
     "wrong counts": (count_wrongly, "has 4 samples and 1,252 tokens, not 4 and 1,253"),
 }
 
@@ -291,6 +298,7 @@ def test_inspect_shows_a_sample(folder, capsys):
     key, ids, meta = ecg(7, "train")
     code, out = inspect(folder, "--key", key, capsys=capsys)
     assert code == 0 and "train, sample 7 of 10" in out and "train-000001.tar" in out and " ".join(map(str, ids[0, :12])) in out
+    assert "Lead amplitudes (SD, mV): I 0.17, II 0.17, III 0.17, aVR" in out
     assert json.loads(out[out.index("{") :]) == meta
     assert inspect(folder, "--index", 7, capsys=capsys) == (0, out) == inspect(folder, "--index", 7, "--split", "train", capsys=capsys)
     code, out = inspect(folder, capsys=capsys)
@@ -308,12 +316,14 @@ def test_inspect_draws_reconstruction_and_recording(tmp_path, capsys):
     pair = write(tmp_path / "pair", "tasks", tmp_path / "m", train=[tasks(7, 8, "train", ["a", "b"])])
     alone = write(tmp_path / "alone", manifest=tmp_path / "m", train=[ecg(7, "train")])
     nowhere = write(tmp_path / "nowhere", manifest=tmp_path / "gone", train=[ecg(7, "train")])
-    said = [inspect(folder, "--out", tmp_path / f"{folder.name}.png", capsys=capsys) for folder in (pair, alone, nowhere)]
-    assert [code for code, _ in said] == [0, 0, 0], said
+    key, ids, meta = ecg(7, "train")
+    louder = write(tmp_path / "louder", train=[(key, ids, {**meta, "gains": [[2.0] * 12]})])
+    said = [inspect(folder, "--out", tmp_path / f"{folder.name}.png", capsys=capsys) for folder in (pair, alone, nowhere, louder)]
+    assert [code for code, _ in said] == [0, 0, 0, 0], said
     assert "2 ECG, the recording of 1 at hand" in said[0][1] and "recording and reconstruction" in said[1][1] and "recording of 0 at hand" in said[2][1]
     sizes = [Image.open(tmp_path / f"{name}.png").size for name in ("pair", "alone", "nowhere")]
     assert sizes[1] == sizes[2] == (sizes[0][0], sizes[0][1] // 2)
-    assert (tmp_path / "alone.png").read_bytes() != (tmp_path / "nowhere.png").read_bytes()
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in ("alone", "nowhere", "louder")}) == 3  # the gains are in the drawing
 
 
 def test_inspect_names_mistakes(folder, tmp_path, capsys):

@@ -1,13 +1,16 @@
 """Prompts: only answers are targets, answers are canonical, patients never appear."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import UserError
+from toolkit.lm.model import packed_logits
 from toolkit.shards.order import sample_at
 from toolkit.shards.reader import Shards
 from toolkit.shards.writer import write_index, write_split
@@ -29,7 +32,7 @@ def test_targets_are_the_answer_and_the_end_token_alone(tiny, task):
     sequence = branch(tokenizer, task)
     assert tokenizer.decode(sequence.ids[sequence.target]) == f" {reference_text(task)}<|end_of_text|>"
     assert tokenizer.decode(sequence.ids[~sequence.target]) == f"\n{question_text(task)}"
-    group = task_group(tokenizer, vocabulary, CODES, [task])
+    group = task_group(tokenizer, vocabulary, CODES, None, [task])
     assert not group.prefix.target.any()
     assert group.prefix.ids[0] == tokenizer.bos_token_id and group.prefix.ids[2:-1].tolist() == list(range(vocabulary.first, vocabulary.first + 313))
 
@@ -48,7 +51,7 @@ def test_split_answers(text, answers):
 @pytest.fixture
 def shards(tmp_path):
     tasks = [{**VERIFY, "id": str(k), "question": f"Question {k}?"} for k in range(5)]
-    samples = [(f"k{i}", CODES, {"tasks": tasks[: i + 1], "patients": ["secret"]}) for i in range(5)]
+    samples = [(f"k{i}", CODES, {"tasks": tasks[: i + 1], "patients": ["secret"], "gains": [[0.1 * (i + 1)] * 12]}) for i in range(5)]
     write_index(tmp_path, {"train": write_split(tmp_path, "train", samples, 3)}, kind="tasks")
     return Shards.open(tmp_path, "train")
 
@@ -68,6 +71,35 @@ def test_counts_of_a_micro_batch(tiny, shards):
     _, tokenizer, vocabulary = tiny
     batch = ForecastData(shards, tokenizer, vocabulary).batch([(0, 0), (0, 1)])
     assert (batch.ecgs, batch.targets, batch.tokens) == (2, 2 * 313, 2 * 316)
+
+
+@pytest.mark.parametrize("how", [{}, {"gain_first": None, "gain_text": True}])
+def test_gains_stand_once_before_all_tasks_and_are_no_targets(tiny_with_gains, shards, how):
+    model, tokenizer, vocabulary = tiny_with_gains
+    vocabulary = replace(vocabulary, **how)
+    data = TaskData(shards, tokenizer, vocabulary, 8, seed=0)
+    rows = [data.batch([(0, i)]) for i in (0, 1)]
+    ids, ends = [row.inputs.input_ids for row in rows], [row.inputs.layout[0][1] for row in rows]
+    if vocabulary.gain_text:
+        words = [tokenizer.decode(one[316:end]) for one, end in zip(ids, ends)]
+        leads = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
+        assert words == ["\nLead amplitudes (SD, mV): " + ", ".join(f"{lead} {mv}" for lead in leads) + "." for mv in (0.1, 0.2)]
+    else:
+        assert [(one[2:14] - vocabulary.gain_first).tolist() for one in ids] == [[13] * 12, [17] * 12]  # 0.0951 to 0.113 mV and an octave more
+    assert all(row.targets == (TaskData(shards, tokenizer, replace(vocabulary, gain_first=None, gain_text=False), 8, seed=0).batch([(0, i)]).targets)
+               for i, row in enumerate(rows))  # fmt: skip
+    both = data.batch([(0, 0), (0, 1)])
+    with torch.no_grad():
+        difference = packed_logits(model, both.inputs, "cpu") - torch.cat([packed_logits(model, row.inputs, "cpu") for row in rows])
+    assert difference.abs().max() < 1e-4
+
+
+def test_pretraining_predicts_the_same_tokens_with_gains_before_them(tiny_with_gains, shards):
+    _, tokenizer, vocabulary = tiny_with_gains
+    one, two = (ForecastData(shards, tokenizer, v).batch([(0, 3)]) for v in (vocabulary, replace(vocabulary, gain_first=None)))
+    assert (one.tokens, two.tokens) == (328, 316)
+    np.testing.assert_array_equal(one.inputs.targets, two.inputs.targets)
+    np.testing.assert_array_equal(one.inputs.targets - vocabulary.first, CODES[0])
 
 
 def rows(**changes):
@@ -113,7 +145,9 @@ def test_two_wordings_of_the_same_questions_are_refused(tmp_path):
 @pytest.fixture
 def ecgs(tmp_path):
     def sample(i, split, report=""):
-        return f"x_{i}", np.full((1, 313), i, np.uint16), {"record_id": str(i), "source": "x", "split": split, "patient": f"p{i}", "report": report}
+        return f"x_{i}", np.full((1, 313), i, np.uint16), {
+            "record_id": str(i), "source": "x", "split": split, "patient": f"p{i}", "report": report, "gains": [[i / 8] * 12],
+        }  # fmt: skip
 
     splits = {"train": [sample(1, "train", "sinus rhythm."), sample(2, "train")], "test": [sample(3, "test")]}
     write_index(tmp_path, {split: write_split(tmp_path, split, rows, 9) for split, rows in splits.items()}, kind="tokens")
@@ -136,4 +170,5 @@ def test_a_comparison_carries_both_ecgs_in_the_order_of_the_question(ecgs):
     (first, one, meta), (second, two, both) = samples("train", joined, ecgs)
     assert (first, second) == ("x_1", "x_2_1")
     assert one[:, 0].tolist() == [1] and two[:, 0].tolist() == [2, 1]
+    assert meta["gains"] == [[0.125] * 12] and both["gains"] == [[0.25] * 12, [0.125] * 12]
     assert meta["tasks"][0]["report"] == "sinus rhythm." and both["patients"] == ["p2", "p1"]

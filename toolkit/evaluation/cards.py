@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from toolkit.ecg.plot import draw_ecg
 from toolkit.ecg.quality import read_checked
@@ -21,19 +22,24 @@ def card(shards: Shards, i: int, rows: list[dict], recordings: dict[str, tuple[s
     """
     meta = shards.meta(i)
     record = meta["record_ids"][0]
-    reconstruction = tokenizer.decode(shards.ids(i)[0])  # z-scores of each lead
+    z = tokenizer.decode(shards.ids(i)[0])
     picture = io.BytesIO()
     try:
         ecg = read_checked(*recordings[record], "flag")[0]
-        mean, std = ecg.mean(-1, keepdims=True), ecg.std(-1, keepdims=True)
-        draw_ecg(ecg, picture, reconstruction=reconstruction * std + mean)
+        draw_ecg(ecg, picture, reconstruction=millivolts(tokenizer, z, ecg))
         title = f"ECG {record}"
     except (KeyError, RecordError):
-        draw_ecg(reconstruction.astype(np.float32), picture, unit="SD")
+        draw_ecg(z * np.array(meta["gains"][0])[:, None], picture)  # about the mean of each lead, which is not known
         title = f"ECG {record}, reconstruction alone: the recording is not at hand"
     questions = [{**row, "correct": is_correct(row)} for row in rows if row["task"] == "ecgqa"]
     report = next(({name: row[name] for name in ("reference", "prediction")} for row in rows if row["task"] == "report"), None)
     return {"key": f"{meta['source']}, sample {i} of the split", "title": title, "png": picture.getvalue(), "questions": questions, "report": report}
+
+
+def millivolts(tokenizer: ECGTokenizer, z: np.ndarray, ecg: np.ndarray) -> np.ndarray:
+    """Decoded z-scores [12, 5000] in mV, as the tokenizer took the recording `ecg` [12, 5000] mV to z-scores."""
+    _, mean, std = tokenizer.normalise(torch.from_numpy(ecg)[None])
+    return z * std[0].numpy() + mean[0].numpy()
 
 
 def tokenizer_of(shards: Shards) -> ECGTokenizer:

@@ -4,31 +4,32 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from toolkit.tasks.prompts import prefix_ids, question_ids
+from toolkit.tasks.prompts import ecg_ids, gain_ids, question_ids
 from toolkit.tasks.vocabulary import ECGVocabulary
 
 
 @torch.no_grad()
-def answer_tasks(model, tokenizer, vocabulary: ECGVocabulary, samples: list[tuple[np.ndarray, list[dict]]], max_new_tokens: int, device) -> list[list[str]]:
+def answer_tasks(
+    model, tokenizer, vocabulary: ECGVocabulary, samples: list[tuple[np.ndarray, list | None, list[dict]]], max_new_tokens: int, device
+) -> list[list[str]]:
     """The model's answer to every task of every sample.
 
-    samples: (codes uint16 [n_ecgs, 313], tasks); all with the same n_ecgs, so that prefixes need no padding.
+    samples: (codes uint16 [n_ecgs, 313], gains [n_ecgs, 12] mV, tasks); all with the same n_ecgs, so that ECGs need no padding.
     model: a causal LM with ordinary attention. ECG tokens are never answers and are masked out.
     """
-    prefixes = np.stack([prefix_ids(tokenizer, vocabulary, codes) for codes, _ in samples])
-    owner = np.repeat(np.arange(len(samples)), [len(tasks) for _, tasks in samples])
-    questions = [question_ids(tokenizer, task) for _, tasks in samples for task in tasks]
+    prefixes = np.stack([ecg_ids(tokenizer, vocabulary, codes, gains) for codes, gains, _ in samples])
+    owner = torch.from_numpy(np.repeat(np.arange(len(samples)), [len(tasks) for *_, tasks in samples])).to(device)
+    questions = [question_ids(tokenizer, task) for *_, tasks in samples for task in tasks]
     if not questions:
         return [[] for _ in samples]
     cache = DynamicCache(config=model.config)
     model(input_ids=torch.from_numpy(prefixes).to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    cache.batch_select_indices(torch.from_numpy(owner).to(device))
-
-    width = max(map(len, questions))  # padded on the left, between prefix and question, so that all answers begin at one place
-    ids = torch.tensor([[0] * (width - len(q)) + q for q in questions], device=device)
-    real = torch.tensor([[0] * (width - len(q)) + [1] * len(q) for q in questions], device=device)
-    mask = torch.cat([torch.ones(len(questions), prefixes.shape[1], dtype=real.dtype, device=device), real], 1)
-    positions = (prefixes.shape[1] + real.cumsum(1) - 1).clamp_min(0)
+    mask = torch.ones(prefixes.shape, dtype=torch.long, device=device)
+    if vocabulary.gain_text:
+        ids, mask, positions = left_padded([gain_ids(tokenizer, vocabulary, gains) for _, gains, _ in samples], mask)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache.batch_select_indices(owner)
+    ids, mask, positions = left_padded(questions, mask[owner])
     answers: list[list[int]] = [[] for _ in questions]
     active = torch.arange(len(questions), device=device)
     for _ in range(max_new_tokens):
@@ -47,4 +48,16 @@ def answer_tasks(model, tokenizer, vocabulary: ECGVocabulary, samples: list[tupl
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     texts = iter([tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers])
-    return [[next(texts) for _ in tasks] for _, tasks in samples]
+    return [[next(texts) for _ in tasks] for *_, tasks in samples]
+
+
+def left_padded(rows: list[list[int]], before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [n, width] of rows that go on after the places `before` [n, m] (1: real, 0: padding), the mask [n, m + width] and positions [n, width].
+
+    Padded on the left, between what is there and the row, so that what follows begins at one place in all of them.
+    """
+    width = max(map(len, rows))
+    ids = before.new_tensor([[0] * (width - len(row)) + row for row in rows])
+    real = before.new_tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    mask = torch.cat([before, real], 1)
+    return ids, mask, mask.cumsum(1)[:, -width:] - 1

@@ -98,10 +98,11 @@ def _smollm2() -> Path:
 STAMP = "heartspeed.json"
 
 
-def save_stamp(folder: Path, index: dict, knows_text: bool) -> None:
-    """Write beside a model which ECG tokenizer its ECG tokens mean, and whether it ever was trained on text (`tiny` was not)."""
-    stamp = {name: index[name] for name in ("tokenizer", "codes", "levels", "dims")}
-    write_text(folder / STAMP, json.dumps({**stamp, "knows_text": knows_text}, indent=2))
+def save_stamp(folder: Path, index: dict, knows_text: bool, gain_text: bool = False) -> None:
+    """Write beside a model which ECG tokenizer its ECG tokens mean, whether it ever was trained on text (`tiny` was not), and whether its
+    prompts say the gains in words."""
+    stamp = {name: index[name] for name in ("tokenizer", "codes", "levels")}
+    write_text(folder / STAMP, json.dumps({**stamp, "knows_text": knows_text, "gain_text": gain_text}, indent=2))
 
 
 def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
@@ -119,4 +120,4 @@ def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
             f"{flag}: {folder} was trained on tokens of ECG tokenizer {stamp['tokenizer']}, the shards hold {index['tokenizer']};"
             " use the shards it was trained with"
         )
-    return stamp
+    return {"gain_text": False, **stamp}  # stamps before there were gains do not say

@@ -2,11 +2,13 @@
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
 import numpy as np
 
+from toolkit.ecg.leads import LEADS
 from toolkit.errors import UserError
 from toolkit.shards.reader import fault, locate
 from toolkit.shards.remote import CACHE, CACHE_GB
@@ -88,6 +90,9 @@ def _sample_faults(ids: np.ndarray, meta: dict, split: str, index: dict) -> list
         faults.append(f"its json says split {meta['split']!r}")
     if index["kind"] == "tasks" and len(meta["record_ids"]) != len(ids):
         faults.append(f"{len(ids)} ECGs, {len(meta['record_ids'])} record_ids")
+    gains = meta.get("gains", [])
+    if len(gains) != len(ids) or not all(len(ecg) == len(LEADS) and all(0 < gain < math.inf for gain in ecg) for ecg in gains):
+        faults.append(f"its gains are not {len(ids)} times {len(LEADS)} amplitudes in mV")
     return faults
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from toolkit.files import whole_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_DTYPE = np.dtype(
     [("shard", "<u4"), ("ids_offset", "<u8"), ("n_ecgs", "<u2"), ("n_tokens", "<u2"), ("json_offset", "<u8"), ("json_length", "<u4")]
 )

@@ -19,11 +19,13 @@ class ForecastData:
         return len(self.shards)
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
-        groups = [forecast_group(self.tokenizer, self.vocabulary, self.shards.ids(i)) for _, i in samples]
-        if self.reports:
-            for group, (_, i) in zip(groups, samples):
-                if report := self.shards.meta(i)["report"]:
-                    group.branches.append(branch(self.tokenizer, {"task": "report", "report": report}))
+        groups = []
+        for _, i in samples:
+            meta = self.shards.meta(i) if self.reports or self.vocabulary.needs_gains else {}
+            group = forecast_group(self.tokenizer, self.vocabulary, self.shards.ids(i), meta.get("gains"))
+            if self.reports and meta["report"]:
+                group.branches.append(branch(self.tokenizer, {"task": "report", "report": meta["report"]}))
+            groups.append(group)
         return _micro_batch(groups)
 
 
@@ -39,11 +41,12 @@ class TaskData:
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
         groups = []
         for epoch, i in samples:
-            tasks = self.shards.meta(i)["tasks"]
+            meta = self.shards.meta(i)
+            tasks = meta["tasks"]
             if len(tasks) > self.tasks_per_ecg:
                 drawn = np.random.default_rng([self.seed, epoch, i]).permutation(len(tasks))[: self.tasks_per_ecg]
                 tasks = [tasks[k] for k in sorted(drawn)]
-            groups.append(task_group(self.tokenizer, self.vocabulary, self.shards.ids(i), tasks))
+            groups.append(task_group(self.tokenizer, self.vocabulary, self.shards.ids(i), meta["gains"], tasks))
         return _micro_batch(groups)
 
 

@@ -74,6 +74,7 @@ def samples(split: str, joined: Joined, ecgs: ECGs):
             "split": split,
             "record_ids": list(ecg_ids),
             "patients": [meta["patient"] for meta in metas],
+            "gains": [meta["gains"][0] for meta in metas],
             "tasks": [{k: v for k, v in task.items() if k != "ecg_ids"} for task in sorted(tasks, key=lambda t: (t["task"], t["id"]))],
         }
         key = "_".join([source, *ecg_ids]) if len(ecg_ids) > 1 else ecgs.shards[split].key(places[0])

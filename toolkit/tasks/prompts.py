@@ -5,17 +5,30 @@ The prompt is ECG first: everything before the question is the same for all ques
 
 import numpy as np
 
+from toolkit.ecg.gains import gain_text
 from toolkit.shards.packing import Group, Sequence
 from toolkit.tasks.answers import join_answers
 from toolkit.tasks.vocabulary import ECGVocabulary
 
 REPORT_INSTRUCTION = "Write the report of this ECG."
 
+Gains = list[list[float]] | None
 
-def prefix_ids(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray) -> np.ndarray:
-    """int64 [n]: BOS if the tokenizer has one, then each ECG between its start and end token. codes: uint16 [n_ecgs, 313]."""
+
+def ecg_ids(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains = None) -> np.ndarray:
+    """int64 [n]: BOS if the tokenizer has one, then each ECG between its start and end token; n depends on n_ecgs alone. codes: uint16 [n_ecgs, 313]."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return np.concatenate([np.array(bos, np.int64), vocabulary.wrap(codes)])
+    return np.concatenate([np.array(bos, np.int64), vocabulary.wrap(codes, gains)])
+
+
+def gain_ids(tokenizer, vocabulary: ECGVocabulary, gains: Gains) -> list[int]:
+    """The gains in words; nothing if the model is not told them so. Their number depends on the ECG."""
+    return tokenizer.encode("\n" + gain_text(gains), add_special_tokens=False) if vocabulary.gain_text else []
+
+
+def prefix_ids(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains = None) -> np.ndarray:
+    """int64 [n]: what all tasks of a sample share, `ecg_ids` and `gain_ids`. gains: [n_ecgs, 12] mV, not looked at unless `needs_gains`."""
+    return np.concatenate([ecg_ids(tokenizer, vocabulary, codes, gains), np.array(gain_ids(tokenizer, vocabulary, gains), np.int64)])
 
 
 def question_text(task: dict) -> str:
@@ -42,13 +55,13 @@ def branch(tokenizer, task: dict) -> Sequence:
     return Sequence(np.array(prompt + answer, np.int64), target)
 
 
-def task_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, tasks: list[dict]) -> Group:
+def task_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains, tasks: list[dict]) -> Group:
     """The ECGs once, then every task as a branch."""
-    ids = prefix_ids(tokenizer, vocabulary, codes)
+    ids = prefix_ids(tokenizer, vocabulary, codes, gains)
     return Group(Sequence(ids, np.zeros(len(ids), bool)), [branch(tokenizer, task) for task in tasks])
 
 
-def forecast_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray) -> Group:
-    """Pretraining on one ECG: every ECG token is predicted, the start and end tokens are not. codes: uint16 [1, 313]."""
-    ids = prefix_ids(tokenizer, vocabulary, codes)
+def forecast_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains = None) -> Group:
+    """Pretraining on one ECG: every ECG token is predicted, the start, end and gain tokens are not. codes: uint16 [1, 313]."""
+    ids = prefix_ids(tokenizer, vocabulary, codes, gains)
     return Group(Sequence(ids, (ids >= vocabulary.first) & (ids < vocabulary.first + vocabulary.codes)), [])

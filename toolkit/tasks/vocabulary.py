@@ -1,21 +1,38 @@
 """Where the ECG tokens are among a language model's token ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from toolkit.ecg.gains import gain_bins
+
 
 @dataclass(frozen=True)
 class ECGVocabulary:
-    """Where the ECG tokens are: id of code c is `first + c`."""
+    """Where the ECG tokens are: id of code c is `first + c`, that of gain bin b `gain_first + b`.
+
+    gain_first: None if the model has no gain tokens; where it has, every ECG carries them. gain_text: say the gains in words after the ECGs.
+    """
 
     start: int
     end: int
     first: int
     codes: int
+    gain_first: int | None = None
+    gain_text: bool = False
 
-    def wrap(self, codes: np.ndarray) -> np.ndarray:
-        """uint16 [n_ecgs, 313] -> int64 [n_ecgs * 315]: each ECG between its start and end token."""
+    @property
+    def needs_gains(self) -> bool:
+        """Whether the gains of an ECG are put before the model."""
+        return self.gain_first is not None or self.gain_text
+
+    def wrap(self, codes: np.ndarray, gains: Sequence[Sequence[float]] | None = None) -> np.ndarray:
+        """uint16 [n_ecgs, 313] -> int64 [n_ecgs * 315], or n_ecgs * 327 with gain tokens: each ECG between its start and end token.
+
+        gains: [n_ecgs, 12] mV, unused without gain tokens; they come first, for the model to know the scale of what it reads.
+        """
         rows = codes.astype(np.int64) + self.first
         edges = np.full((len(rows), 1), self.start), np.full((len(rows), 1), self.end)
-        return np.concatenate([edges[0], rows, edges[1]], 1).reshape(-1)
+        scale = [] if self.gain_first is None else [gain_bins(gains) + self.gain_first]
+        return np.concatenate([edges[0], *scale, rows, edges[1]], 1).reshape(-1)
