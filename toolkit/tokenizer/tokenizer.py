@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,113 +21,132 @@ from torch.nn import functional as F
 
 from toolkit.ecg.leads import LEADS, SAMPLES, SAMPLING_RATE
 from toolkit.errors import UserError, first_line
-from toolkit.tokenizer.model import Decoder, Encoder, normalise, quantise
+from toolkit.tokenizer import heartllm, heartspeed, paper
+from toolkit.tokenizer.fsq import boundary_distance, codes_of, ids_of, quantise
+from toolkit.tokenizer.normalise import STRIDE, running, zscore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+ARCHITECTURES = {"heartspeed": heartspeed, "paper": paper, "heartllm": heartllm}
 # Distance of an encoder output, in levels, to the boundary of two digits below which float64 decides. Float32 is off by 4e-6 at most (60 ECGs, four
 # tokenizers), and by other amounts with other instruction sets: 3 of 1.5 M ids differed between AVX2 and AVX-512. At most one ECG in 60 was this close.
 TIE = 1e-5
-DECODERS = {  # name: (channels, blocks at the token rate)
-    "small": (128, 3),  # 0.9 M parameters: trains on a CPU
-    "paper": (384, 4),  # 10.6 M parameters, the width (384) of the authors' decoder
-}
 
 
 @dataclass
 class TokenizerConfig:
-    """Everything that decides a tokenizer's shape; stored as config.json."""
+    """Everything that decides a tokenizer's shape; stored as config.json. Raises UserError naming the argument that cannot be."""
 
-    levels: int = 6
-    dims: int = 4
-    channels: int = 32
-    decoder: str = "small"
+    arch: str = "heartspeed"
+    levels: list[int] = field(default_factory=lambda: [6, 6, 6, 6])
+    causal: bool = False
     format_version: int = FORMAT_VERSION
+
+    def __post_init__(self):
+        if self.arch not in ARCHITECTURES:
+            raise UserError(f"--arch: must be one of {', '.join(ARCHITECTURES)}, not {self.arch!r}")
+        if not self.levels or min(self.levels) < 2 or self.codes > 2**16:
+            raise UserError(f"--levels: needs 2 or more levels in each dimension and at most 65,536 codes (ids are uint16), not {self.levels}")
+        if self.causal and self.arch != "heartspeed":
+            raise UserError(f"--causal: --arch {self.arch} normalises over the whole record, future included; only heartspeed can do without")
 
     @property
     def codes(self) -> int:
-        return self.levels**self.dims
+        return math.prod(self.levels)
 
 
 class ECGTokenizer(nn.Module):
-    """Encoder + FSQ + decoder. Ids are `sum_i digit_i * levels**i`, always computed in float32 (bf16 flips about 5 % of them)."""
+    """Encoder + FSQ + decoder. Ids are those of toolkit/tokenizer/fsq.py, always computed in float32 (bf16 flips about 5 % of them).
 
-    # Fixed, the last batch padded: an ECG's ids must not depend on how many others are encoded with it. On a CPU
-    # more than one at a time gains nothing (16: 141 ECG/s on one core, 1: 140).
+    Where an output lies within 1e-5 of the boundary of two digits, float64 decides, so that ids are the same on any machine and in any batch.
+    Not so with the architecture heartllm, which computes as the authors' release does, bit for bit: there one ECG in some hundreds has an id
+    that depends on how many are encoded together.
+    """
+
+    # On a CPU more than one at a time gains nothing (16: 141 ECG/s on one core, 1: 140).
     ENCODE_BATCH = {"cpu": 1, "cuda": 64}
+    HEARTLLM_BATCH = 256  # all that are given at once, as far as memory goes
 
-    tokens_per_ecg = -(-SAMPLES // math.prod(Encoder.DOWNSAMPLING))  # 313
+    tokens_per_ecg = -(-SAMPLES // STRIDE)  # 313
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
         self.config = config
-        channels, blocks = DECODERS[config.decoder]
-        self.encoder = Encoder(len(LEADS), config.channels, config.dims)
-        self.decoder = Decoder(len(LEADS), channels, blocks, config.dims)
+        room, shape = ARCHITECTURES[config.arch], (len(LEADS), len(config.levels))
+        self.encoder = room.Encoder(*shape, config.causal) if config.arch == "heartspeed" else room.Encoder(*shape)
+        self.decoder = room.Decoder(*shape)
 
-    def forward(self, ecg: torch.Tensor) -> torch.Tensor:
-        """Mean squared reconstruction error of [B, 12, 5000] mV in units of each lead's variance, a scalar."""
-        normalised, _, _ = normalise(ecg)
-        codes = quantise(torch.sigmoid(self.encoder(normalised).float()), self.config.levels)
-        return F.mse_loss(self.decoder(2 * codes - 1)[..., : ecg.shape[-1]], normalised)
+    def normalise(self, ecg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """float [B, 12, T] mV -> (float32 [B, 12, T], mean, SD): what the encoder reads and the decoder writes is (ecg - mean) / SD."""
+        if self.config.causal:
+            return running(ecg)[:3]
+        return zscore(ecg, floor=0) if self.config.arch == "heartllm" else zscore(ecg)
+
+    def forward(self, ecg: torch.Tensor, target: torch.Tensor | None = None, bf16: bool = False) -> torch.Tensor:
+        """Mean squared error of the reconstruction of [B, 12, 5000] mV in units of each lead's variance, a scalar.
+
+        target: what to reconstruct, if it is not `ecg` itself but what `ecg` was before noise was added. bf16: matrix products and convolutions
+        in bfloat16, quantiser and error in float32.
+        """
+        x = self.normalise(ecg)[0]
+        wanted = x if target is None else self.normalise(target)[0]
+        device = ecg.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            z = self.encoder(x)
+            with torch.autocast(device, enabled=False):
+                codes = quantise(torch.sigmoid(z.float()), self.config.levels)
+            made = self.decoder(codes)
+        return F.mse_loss(made[..., : ecg.shape[-1]].float(), wanted)
 
     @torch.no_grad()
-    def encode(self, ecg: np.ndarray) -> np.ndarray:
-        """float32 [B, 12, 5000] or [12, 5000] (mV, 500 Hz, canonical leads) -> uint16 [B, 313] or [313].
+    def encode(self, ecg: np.ndarray, sampling_rate: float = SAMPLING_RATE) -> np.ndarray:
+        """float [B, 12, 5000] or [12, 5000] (mV, 500 Hz, canonical leads) -> uint16 [B, 313] or [313].
 
-        Raises ValueError for another shape, a type that is not floating point, or values that are not finite.
+        Raises ValueError for another shape or sampling rate, a type that is not floating point, or values that are not finite.
         """
-        if ecg.shape[-2:] != (len(LEADS), SAMPLES) or ecg.ndim not in (2, 3):
-            raise ValueError(f"ecg: expected [B, {len(LEADS)}, {SAMPLES}] at {SAMPLING_RATE} Hz, got {list(ecg.shape)}")
-        if not np.issubdtype(ecg.dtype, np.floating):
-            raise ValueError(f"ecg: expected floating point mV, got {ecg.dtype}")
-        if not np.isfinite(ecg).all():
-            raise ValueError("ecg: not finite; sharding.prepare quarantines such records")
-        single, ecg = ecg.ndim == 2, ecg.reshape(-1, len(LEADS), SAMPLES)
-        first = next(self.parameters())
-        if first.dtype != torch.float32:
-            raise ValueError(f"tokenizer: weights are {first.dtype}; ids are defined in float32")
-        if first.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions unless told not to: 10 bits of mantissa are no float32
-        powers = self.config.levels ** torch.arange(self.config.dims, device=first.device)
-        ids, batch = [], self.ENCODE_BATCH[first.device.type]
+        single, ecg = np.ndim(ecg) == 2, _checked(ecg, sampling_rate)
+        first = self._first()
+        ids, batch = [], self.HEARTLLM_BATCH if self.config.arch == "heartllm" else self.ENCODE_BATCH[first.device.type]
         for start in range(0, len(ecg), batch):
-            chunk = torch.from_numpy(np.ascontiguousarray(ecg[start : start + batch], np.float32))
-            padded = F.pad(chunk, (0, 0, 0, 0, 0, batch - len(chunk))) if len(chunk) < batch else chunk
-            padded = padded.to(first.device)
-            z = torch.sigmoid(self.encoder(normalise(padded)[0]))
-            close = ((z * (self.config.levels - 1) % 1 - 0.5).abs() < TIE).flatten(1).any(1)
-            close[len(chunk) :] = False
-            if close.any():
-                z[close] = self._in_float64(padded[close]).float()
-            if not torch.isfinite(z).all():
-                raise ValueError("ecg: the encoder's output is not finite; are these millivolts?")
-            digits = torch.round(z * (self.config.levels - 1)).long()
-            ids.append((digits * powers).sum(-1)[: len(chunk)].cpu().numpy().astype(np.uint16))
+            chunk = torch.from_numpy(np.ascontiguousarray(ecg[start : start + batch])).to(first.device)
+            ids.append(self.ids_of_normalised(self.normalise(chunk)[0]).cpu().numpy().astype(np.uint16))
         ids = np.concatenate(ids) if ids else np.zeros((0, self.tokens_per_ecg), np.uint16)
         return ids[0] if single else ids
 
-    def _in_float64(self, ecg: torch.Tensor) -> torch.Tensor:
-        exact = {name: parameter.double() for name, parameter in self.encoder.named_parameters()}
-        z = torch.sigmoid(functional_call(self.encoder, exact, (normalise(ecg.double())[0],)))
-        # float32 could put it on the other side of the boundary again
-        levels = self.config.levels - 1
-        return torch.round(z * levels) / levels
+    def ids_of_normalised(self, x: torch.Tensor) -> torch.Tensor:
+        """float32 [B, 12, T] as `normalise` gives it -> int64 [B, L]. Raises ValueError if the encoder's output is not finite."""
+        if self.config.arch == "heartllm":
+            z = torch.sigmoid(self.encoder.as_released(x))
+        else:
+            z = torch.sigmoid(self.encoder(x))
+            close = (boundary_distance(z, self.config.levels) < TIE).flatten(1).any(1)
+            if close.any():
+                exact = {name: parameter.double() for name, parameter in self.encoder.named_parameters()}
+                z = z.double()
+                z[close] = torch.sigmoid(functional_call(self.encoder, exact, (x[close].double(),)))
+        if not torch.isfinite(z).all():
+            raise ValueError("ecg: the encoder's output is not finite; are these millivolts?")
+        return ids_of(z, self.config.levels)
 
     @torch.no_grad()
     def decode(self, ids: np.ndarray) -> np.ndarray:
         """uint16 [B, L] or [L] -> float32 [B, 12, 16 * L] (5,000 samples for 313 tokens) in standard deviations of each lead."""
-        single, ids = ids.ndim == 1, np.atleast_2d(ids).astype(np.int64)
+        single, ids = np.ndim(ids) == 1, np.atleast_2d(ids).astype(np.int64)
         if ids.size and ids.max() >= self.config.codes:
             raise ValueError(f"ids: {ids.max()} is not below the number of codes, {self.config.codes}")
-        device = next(self.parameters()).device
-        powers = self.config.levels ** torch.arange(self.config.dims, device=device)
-        digits = torch.from_numpy(ids).to(device)[..., None] // powers % self.config.levels
-        ecg = self.decoder(digits.float() * 2 / (self.config.levels - 1) - 1).cpu().numpy()[..., :SAMPLES]
+        ids = torch.from_numpy(ids).to(next(self.parameters()).device)
+        ecg = self.decoder(codes_of(ids, self.config.levels)).cpu().numpy()[..., :SAMPLES]
         return ecg[0] if single else ecg
+
+    @torch.no_grad()
+    def reconstruct(self, ecg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """float [B, 12, 5000] mV -> (ids uint16 [B, 313], reconstruction float32 [B, 12, 5000] mV): tokens and the leads' own mean and SD. Raises as `encode`."""
+        ids = self.encode(ecg)
+        _, mean, std = self.normalise(torch.from_numpy(_checked(ecg, SAMPLING_RATE)))
+        return ids, (self.decode(ids) * std.numpy() + mean.numpy()).astype(np.float32)
 
     def fingerprint(self) -> str:
         """16 hex digits over configuration and encoder weights: what decides the ids. Another decoder keeps the fingerprint."""
-        digest = hashlib.sha256(json.dumps([FORMAT_VERSION, self.config.levels, self.config.dims, self.config.channels]).encode())
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.encoder.state_dict().items()):
             digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -164,3 +183,39 @@ class ECGTokenizer(nn.Module):
         except Exception as error:  # safetensors and torch raise many types for damaged files
             raise UserError(f"{flag}: {folder} does not load ({first_line(error)}); copy or train it again") from error
         return tokenizer.eval()
+
+    @classmethod
+    def from_heartllm(cls, path: str | Path) -> "ECGTokenizer":
+        """Load the `best.pt` of the authors' release. Raises UserError naming the file."""
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # a pickle is a program: nothing but tensors is taken from it
+            tokenizer, state = cls(TokenizerConfig(arch="heartllm")), heartllm.from_release(saved["model"])
+            unlike = sorted(tokenizer.state_dict().keys() ^ state.keys())
+            if unlike:
+                raise ValueError(f"{unlike[0]} is {'missing' if unlike[0] not in state else 'unknown'}")
+            tokenizer.load_state_dict(state)
+        except Exception as error:  # torch raises many types
+            raise UserError(f"{path} is no tokenizer of the HeartLLM release, tensors under the key 'model' ({first_line(error)})") from error
+        return tokenizer.eval()
+
+    def _first(self) -> torch.Tensor:
+        first = next(self.parameters())
+        if first.dtype != torch.float32:
+            raise ValueError(f"tokenizer: weights are {first.dtype}; ids are defined in float32")
+        if first.device.type == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions unless told not to: 10 bits of mantissa are no float32
+        return first
+
+
+def _checked(ecg: np.ndarray, sampling_rate: float) -> np.ndarray:
+    """[B, 12, 5000] float32 of one ECG or several. Raises ValueError naming what was expected."""
+    ecg = np.asarray(ecg)
+    if sampling_rate != SAMPLING_RATE:
+        raise ValueError(f"ecg: expected {SAMPLING_RATE} Hz, got {sampling_rate:g}; toolkit.ecg.records.read_record resamples")
+    if ecg.ndim not in (2, 3) or ecg.shape[-2:] != (len(LEADS), SAMPLES):
+        raise ValueError(f"ecg: expected [B, {len(LEADS)}, {SAMPLES}], 10 s at {SAMPLING_RATE} Hz, got {list(ecg.shape)}")
+    if not np.issubdtype(ecg.dtype, np.floating):
+        raise ValueError(f"ecg: expected floating point mV, got {ecg.dtype}; multiply by the ADC's gain first")
+    if not np.isfinite(ecg).all():
+        raise ValueError("ecg: expected finite values, got NaN or infinity; sharding.prepare quarantines such records")
+    return ecg.reshape(-1, len(LEADS), SAMPLES).astype(np.float32, copy=False)

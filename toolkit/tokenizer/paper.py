@@ -1,7 +1,6 @@
-"""Encoder, finite scalar quantiser and decoder of the ECG tokenizer, as plain torch modules.
+"""The architecture as the paper describes it (HeartLLM section "ECG tokenization"); what it leaves open (widths, decoder) is chosen to train on a CPU.
 
-Encoder (HeartLLM section "ECG tokenization"): one temporal-inception encoder shared by the 12 leads, down-sampling by 16,
-leads concatenated, linear to 4 dimensions, sigmoid, six levels each: 6**4 = 1,296 codes, 313 tokens for 10 s.
+One encoder shared by the 12 leads, temporal-inception blocks with down-sampling by 16 in all, leads concatenated, linear to the code.
 """
 
 import torch
@@ -9,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 LEAKY_SLOPE = 0.01
+CHANNELS = 32  # per lead, as in the authors' release
+DECODER_CHANNELS, DECODER_BLOCKS = 128, 3  # 0.9 M parameters
 
 
 class Inception(nn.Module):
@@ -35,19 +36,19 @@ class Inception(nn.Module):
 
 
 class Encoder(nn.Module):
-    """[B, 12, T] -> [B, ceil(T/16), dims], unbounded. All leads of a batch go through as one batch of B*12 signals."""
+    """float [B, 12, T] -> [B, ceil(T/16), dims], unbounded. All leads of a batch go through as one batch of B*12 signals."""
 
     DOWNSAMPLING = (4, 2, 2)  # the first factor is 4: no block runs above 125 Hz, where it costs a quarter of one at 500 Hz
 
-    def __init__(self, leads: int, channels: int, dims: int):
+    def __init__(self, leads: int, dims: int):
         super().__init__()
         stages, width = [], 1
         for factor in self.DOWNSAMPLING:
             kernel = 2 * factor - 1  # odd, so that T samples become ceil(T / factor)
-            stages += [nn.Conv1d(width, channels, kernel, stride=factor, padding=kernel // 2, bias=False), Inception(channels)]
-            width = channels
+            stages += [nn.Conv1d(width, CHANNELS, kernel, stride=factor, padding=kernel // 2, bias=False), Inception(CHANNELS)]
+            width = CHANNELS
         self.stages = nn.Sequential(*stages)
-        self.to_code = nn.Linear(leads * channels, dims)
+        self.to_code = nn.Linear(leads * CHANNELS, dims)
 
     def forward(self, ecg: torch.Tensor) -> torch.Tensor:
         batch, leads, samples = ecg.shape
@@ -58,33 +59,18 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B, L, dims] in [-1, 1] -> [B, 12, 16 * L]. Most layers run at the token rate (31 Hz), where they are 16 times cheaper."""
+    """Codes [B, L, dims] in [0, 1] -> [B, 12, 16 * L]. Most layers run at the token rate (31 Hz), where they are 16 times cheaper."""
 
-    def __init__(self, leads: int, channels: int, blocks: int, dims: int):
+    def __init__(self, leads: int, dims: int):
         super().__init__()
-        self.expand = nn.Linear(dims, channels)
-        half = channels // 2
+        self.expand = nn.Linear(dims, DECODER_CHANNELS)
+        half = DECODER_CHANNELS // 2
         self.stages = nn.Sequential(
-            *[Inception(channels) for _ in range(blocks)],
-            nn.ConvTranspose1d(channels, half, 8, stride=4, padding=2),
+            *[Inception(DECODER_CHANNELS) for _ in range(DECODER_BLOCKS)],
+            nn.ConvTranspose1d(DECODER_CHANNELS, half, 8, stride=4, padding=2),
             Inception(half),
             nn.ConvTranspose1d(half, leads, 8, stride=4, padding=2),
         )
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        return self.stages(self.expand(codes).transpose(1, 2))
-
-
-def quantise(z: torch.Tensor, levels: int) -> torch.Tensor:
-    """`round(z * (L-1)) / (L-1)` for z in [0, 1], with a straight-through gradient."""
-    rounded = torch.round(z * (levels - 1)) / (levels - 1)
-    return z + (rounded - z).detach()
-
-
-def normalise(ecg: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each lead to mean 0 and standard deviation 1 over the record: (normalised, mean, std), the last two [B, 12, 1], mV."""
-    mean = ecg.mean(-1, keepdim=True)
-    # 1 uV floor: a lead that passed the quality check is above it, an artificial flat one stays zero instead of exploding
-    centred = ecg - mean
-    std = (torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / ecg.shape[-1] ** 0.5).clamp_min(1e-3)  # 0.01 ms an ECG, Tensor.std 0.34
-    return centred / std, mean, std
+        return self.stages(self.expand(2 * codes - 1).transpose(1, 2))
