@@ -3,6 +3,7 @@
 deepspeed launchers/train_tokenizer.py --deepspeed ds_configs/zero1.json --manifest runs/demo/manifest --output_dir runs/demo/tokenizer
 
 Without a GPU, on two ranks: deepspeed --num_gpus 2 launchers/train_tokenizer.py ... --max_steps 100
+For live signals (toolkit/tokenizer/streaming.py): --causal. As the authors' release: --arch heartllm.
 """
 
 import sys
@@ -16,39 +17,61 @@ import numpy as np
 import torch
 
 from sharding.manifest import read_manifest, read_summary
+from toolkit.ecg.noise import augment
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError
 from toolkit.shards.order import MicroBatch
 from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
 from toolkit.training.arguments import TrainingArguments, arg, parse
-from toolkit.training.distributed import launcher, start
+from toolkit.training.distributed import bf16_is_fast, launcher, start
 from toolkit.training.loop import Job, train
 from toolkit.training.validation import mean_loss
+
+AUGMENTATIONS = ("augment_noise", "augment_wander", "augment_lead_dropout")
 
 
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
     manifest: str = arg("Folder written by `python -m sharding.prepare`.")
-    decoder: Literal["small", "paper"] = arg("Decoder size: small (0.9 M parameters) trains on a CPU, paper (10.6 M) has the width of the authors'.", "small")
+    arch: Literal["heartspeed", "paper", "heartllm"] = arg("heartspeed: ours. paper: as the paper describes it. heartllm: as the authors' release computes it.", "heartspeed")
+    levels: list[int] = arg("Levels of each dimension of the quantiser; their product is the number of ECG tokens.", [6, 6, 6, 6])
+    causal: bool = arg("Tokens that depend on no sample after them, as streaming needs.", False)
+    augment_noise: float = arg("Probability that muscle, electrode or mains noise is added to an ECG. The target of all three is the ECG without it.", 0.0)
+    augment_wander: float = arg("Probability that baseline wander is added to an ECG.", 0.0)
+    augment_lead_dropout: float = arg("Probability that one to three leads of an ECG are set to zero.", 0.0)
     learning_rate: float = arg("Peak learning rate of AdamW.", 2e-3)
     num_train_epochs: float = arg("Passes over the training ECGs.", 5.0)
     per_device_train_batch_size: int = arg("ECGs per rank and micro-batch.", 16)
+    precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 on a GPU that has it, else fp32. Weights, quantiser and validation are fp32 in any case.", "auto")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in AUGMENTATIONS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name}: must be a probability from 0 to 1, not {getattr(self, name)}")
 
 
 class Recordings:
-    """ECGs of a manifest split, rows (path, start, array); `inputs` is float32 [n, 12, 5000] mV. Read anew each time: under 1 ms an ECG."""
+    """ECGs of a manifest split, rows (path, start, array); `inputs` are float32 [n, 12, 5000] mV, what is read, and what is to be made of it.
 
-    def __init__(self, rows: list[tuple[str, float, str]], qc: str):
-        self.rows, self.qc = rows, qc
+    Read anew each time: under 1 ms an ECG. augment: probabilities of noise, wander and lead dropout, drawn from (seed, epoch, index).
+    """
+
+    def __init__(self, rows: list[tuple[str, float, str]], qc: str, augmentations: tuple[float, float, float] = (0, 0, 0), seed: int = 0):
+        self.rows, self.qc, self.augmentations, self.seed = rows, qc, augmentations, seed
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
-        ecgs = np.stack([self._read(i) for _, i in samples])
+        ecgs = [self._read(i) for _, i in samples]
         tokens = len(ecgs) * ECGTokenizer.tokens_per_ecg
-        return MicroBatch(torch.from_numpy(ecgs), targets=len(ecgs), tokens=tokens, ecgs=len(ecgs))
+        target = torch.from_numpy(np.stack(ecgs))
+        if any(self.augmentations):
+            ecgs = [augment(ecg, *self.augmentations, np.random.default_rng([self.seed, *sample])) for ecg, sample in zip(ecgs, samples)]
+        read = torch.from_numpy(np.stack(ecgs)) if any(self.augmentations) else target
+        return MicroBatch((read, target), targets=len(ecgs), tokens=tokens, ecgs=len(ecgs))
 
     def _read(self, i: int) -> np.ndarray:
         try:
@@ -59,21 +82,24 @@ class Recordings:
 
 def main() -> None:
     args = parse(TokenizerArguments, __doc__)
-    if args.precision == "bf16":
-        raise UserError("--precision: the tokenizer trains in fp32; bf16 would move its ids")
+    config = TokenizerConfig(args.arch, args.levels, args.causal)
     manifest = read_manifest(args.manifest)
     qc, splits = read_summary(args.manifest)["arguments"]["qc"], {}
     for name in ("train", "valid"):
         rows = manifest[manifest["split"] == name].sort_values("key")
-        splits[name] = Recordings(list(zip(rows["path"], rows["start"], rows["array"])), qc)
+        augmentations = tuple(getattr(args, a) for a in AUGMENTATIONS) if name == "train" else (0, 0, 0)
+        splits[name] = Recordings(list(zip(rows["path"], rows["start"], rows["array"])), qc, augmentations, args.seed)
         if not len(rows):
             raise UserError(f"--manifest: {args.manifest} has no ECG in split {name}")
     ranks = start()
     torch.manual_seed(args.seed)
-    model, valid = ECGTokenizer(TokenizerConfig(decoder=args.decoder)), splits["valid"]
+    model, valid = ECGTokenizer(config), splits["valid"]
+    on_gpu = ranks.device.type != "cpu"  # a CPU's backward pass gains nothing from bf16
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and on_gpu and bf16_is_fast())
 
-    def loss(engine, ecgs):
-        return engine(ecgs.to(ranks.device)) * len(ecgs)
+    def loss(engine, inputs):
+        ecgs, targets = (x.to(ranks.device) for x in inputs)
+        return engine(ecgs, targets, bf16 and engine.training) * len(ecgs)
 
     def evaluate(engine) -> dict:
         return {"eval_mse": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
@@ -81,8 +107,8 @@ def main() -> None:
     def export(module: ECGTokenizer, folder: Path) -> None:
         module.save_pretrained(folder)
 
-    identity = {"manifest digest": read_summary(args.manifest)["digest"]}
-    train(args, Job(model, splits["train"], loss, evaluate, export, identity, bf16=False), ranks, "tokenizer")
+    identity = {"manifest digest": read_summary(args.manifest)["digest"], "autocast": bf16}
+    train(args, Job(model, splits["train"], loss, evaluate, export, identity, bf16=False, watch="eval_mse"), ranks, "tokenizer")
 
 
 if __name__ == "__main__":

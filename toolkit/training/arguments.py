@@ -11,8 +11,8 @@ from toolkit.errors import UserError
 
 
 def arg(help: str, default=..., **more):
-    """A dataclass field with its --help text; without a default the argument is required."""
-    given = {} if default is ... else {"default": default}
+    """A dataclass field with its --help text; without a default the argument is required. A list as default is copied for each instance."""
+    given = {} if default is ... else {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(metadata={"help": help.replace("%", "%%"), **more}, **given)
 
 
@@ -20,7 +20,7 @@ AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit",
     "max_eval_samples", "tasks_per_ecg", "lora_r", "lora_alpha", "max_new_tokens",
 }  # fmt: skip
-NOT_NEGATIVE = {"seed", "eval_steps", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout"}
+NOT_NEGATIVE = {"seed", "eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout"}
 
 
 @dataclass(kw_only=True)
@@ -53,6 +53,9 @@ class TrainingArguments(LaunchArguments):
     warmup_steps: int = arg("Steps of linear warm-up, before the cosine to zero.", 20)
     logging_steps: int = arg("Steps between two lines of log.jsonl and TensorBoard.", 10)
     eval_steps: int = arg("Steps between two validations; 0: at the end alone.", 0)
+    early_stopping_patience: int = arg(
+        "Validations without a better result after which training stops; the best model is then the run's result. 0: train to the last step.", 0
+    )
     max_eval_samples: int = arg("Validate on at most this many ECGs, evenly spaced over the valid split.", 512)
     save_steps: int = arg("Steps between two checkpoints.", 500)
     save_total_limit: int = arg("Checkpoints kept; older ones are deleted.", 2)
@@ -63,6 +66,8 @@ class TrainingArguments(LaunchArguments):
         super().__post_init__()
         if self.max_steps < 0 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs must be above 0 (or give --max_steps)")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise UserError("--early_stopping_patience needs --eval_steps: without it there is no validation before the end")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -21,7 +21,7 @@ import torch
 from toolkit.errors import UserError
 from toolkit.files import run_folder, write_text
 from toolkit.shards.order import Data, MicroBatch, micro_batches, sample_at
-from toolkit.training import checkpoint, ds_config
+from toolkit.training import checkpoint, ds_config, early_stopping
 from toolkit.training.arguments import TrainingArguments, as_record
 from toolkit.training.distributed import Ranks, bf16_is_fast, sum_over_ranks
 from toolkit.training.log import RunLog
@@ -44,13 +44,14 @@ class Job:
     export: Callable[[torch.nn.Module, Path], None]
     identity: dict  # digests of what the run is made from; a resumed run must have the same
     sample: Callable[[Any], str] | None = None
-    bf16: bool = True  # whether `--precision auto` may choose bf16
+    bf16: bool = True  # False: DeepSpeed keeps the weights in float32 whatever --precision says
+    watch: str = "eval_loss"  # what --early_stopping_patience looks at; smaller is better
 
 
 def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> dict:
     """Train to the last step, from the newest checkpoint if there is one; returns (and writes) the final metrics."""
     folder = Path(args.output_dir)
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and job.bf16 and bf16_is_fast())
+    bf16 = job.bf16 and (args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()))
     config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16)
     global_batch = config["train_batch_size"]
     last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(job.data) / global_batch)
@@ -66,7 +67,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; resume it with the same, or name a new folder")
     if results:
         if ranks.main:
-            print(f"{folder} is complete already: {last} steps")
+            print(f"{folder} is complete already: {results['steps']} steps")
         return results
     if ranks.main:
         run_folder(folder)
@@ -80,8 +81,8 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     log = RunLog(folder, first, last, description) if ranks.main else None
 
     batches = _prefetch(_steps(job.data, args, ranks, state["samples"], last - first))
-    clock, seconds, interval = time.perf_counter(), state["seconds"], _Interval()
-    for step in range(first, last):
+    clock, seconds, interval, best, stopped = time.perf_counter(), state["seconds"], _Interval(), state.get("best"), state.get("stopped", False)
+    for step in range(first, first if stopped else last):
         step_started = time.perf_counter()
         micro = next(batches)
         targets, tokens, ecgs = sum_over_ranks([sum(getattr(m, n) for m in micro) for n in ("targets", "tokens", "ecgs")], ranks.device)
@@ -98,7 +99,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             raise UserError(f"the loss of step {step + 1} is {loss_value}: lower --learning_rate and name a new --output_dir")
         interval.add(loss_value, tokens, ecgs, time.perf_counter() - step_started)
         done = step + 1
-        state = {"step": done, "samples": state["samples"] + global_batch, "identity": identity}
+        samples = state["samples"] + global_batch
         if log:
             log.bar.update()
         if done % args.logging_steps == 0 or done == last:
@@ -108,15 +109,32 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
                 log.line(done, {**values, **interval.speed()})
             interval = _Interval()
         if args.eval_steps and done % args.eval_steps == 0 and done != last:
-            _evaluate(job, engine, log, done)
-        if done % args.save_steps == 0 or done == last:
-            state["seconds"] = seconds + time.perf_counter() - clock
+            metrics = _evaluate(job, engine, log, done)
+            if args.early_stopping_patience:
+                best = early_stopping.better(best, metrics, job.watch, done)
+                if ranks.main and best["step"] == done:
+                    job.export(engine.module, early_stopping.path_of(folder, best))
+                stopped = done - best["step"] >= args.early_stopping_patience * args.eval_steps
+        state = {"step": done, "samples": samples, "seconds": seconds + time.perf_counter() - clock, "identity": identity, "best": best, "stopped": stopped}
+        if done % args.save_steps == 0 or done == last or stopped:
             checkpoint.save(engine, folder, state, args.save_total_limit)
+            if ranks.main:
+                early_stopping.sweep(folder, best)
+        if stopped:
+            break
 
-    final = _evaluate(job, engine, log, last)
-    results = {**final, "steps": last, "samples": state["samples"], "train_seconds": state["seconds"], "identity": identity}
+    final = {"step": state["step"], "metrics": _evaluate(job, engine, log, state["step"])}
+    if best:
+        final = early_stopping.better(best, final["metrics"], job.watch, state["step"])
+    results = {**final["metrics"], "steps": state["step"], "samples": state["samples"], "train_seconds": state["seconds"], "identity": identity}
+    if best:
+        results["best_step"] = final["step"]
     if ranks.main:
-        job.export(engine.module, folder)
+        if final is best:
+            early_stopping.take(folder, best)
+        else:
+            job.export(engine.module, folder)
+        early_stopping.sweep(folder, None)
         write_text(folder / RESULTS, json.dumps(results, indent=2))
         log.close()
     return results
