@@ -19,6 +19,7 @@ setup(
         "wfdb>=4.3,<5",
         "numpy>=2.0",
         "scipy>=1.13",
+        "scikit-learn>=1.5,<2",
         "pandas>=2.2",
         "pyarrow>=16",
         "safetensors>=0.5",

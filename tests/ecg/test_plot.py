@@ -116,7 +116,7 @@ def test_every_lead_the_scale_and_the_title_are_readable_text():
     assert set(LEADS) <= set(shown) and shown.count("II") == 2
     assert "record $5 <1>" in shown
     assert any("25 mm/s" in text and "10 mm/mV" in text for text in shown)
-    assert any("10 mm/SD" in text for text in texts(svg(flat(), unit="SD")))
+    assert any("2.5 mm/SD" in text for text in texts(svg(flat(), unit="SD")))
     assert "mm/mV" not in svg(flat(), unit="SD")
 
 
@@ -125,6 +125,44 @@ def test_reconstruction_is_coloured_and_named():
     assert blue(image).sum() > 1000 and not blue(picture(flat())).any()
     shown = texts(svg(flat(), reconstruction=flat()))
     assert {"original", "reconstruction"} <= set(shown) and "reconstruction" not in texts(svg(flat()))
+
+
+def test_a_standard_deviation_is_a_quarter_of_a_millivolt_high():
+    ecg = flat()
+    ecg[LEADS.index("II")] = 4.0
+    band = np.s_[-50 * PIXELS : -20 * PIXELS, 100 * PIXELS : 200 * PIXELS]
+    heights = [ink(picture(signal, unit=unit))[band].sum(axis=1).argmax() for signal, unit in ((ecg, "SD"), (ecg / 4, "mV"))]
+    assert heights[0] == heights[1]
+
+
+def strip(tokens) -> np.ndarray:
+    """The row of pixels through the middle of the token strip, 4 mm above the bottom of the grid's page, from t = 0 on."""
+    image = picture(flat(), tokens=np.asarray(tokens, np.uint16))
+    assert image.shape == ((162 + 10) * PIXELS, 280 * PIXELS, 3)
+    return image[-(10 + 4) * PIXELS, 20 * PIXELS :]
+
+
+def test_tokens_stand_below_the_trace_in_time_with_it():
+    """Token 100 of 313 covers 3.200 to 3.232 s: 80.0 to 80.8 mm after t = 0."""
+    tokens = np.zeros(313, int)
+    tokens[100], tokens[250:] = 7, 7
+    row = strip(tokens)
+    other = np.abs(row - row[0]).sum(axis=1) > 60
+    cell = np.flatnonzero(other[: 150 * PIXELS])
+    assert cell.min() == pytest.approx(80 * PIXELS, abs=1) and cell.max() == pytest.approx(80.8 * PIXELS - 1, abs=1)
+    assert np.flatnonzero(other[150 * PIXELS :]).min() == pytest.approx(50 * PIXELS, abs=1)
+    assert other[int(200.5 * PIXELS) : 250 * PIXELS].all()
+    assert (row[int(250.4 * PIXELS) + 1 :] == 255).all()  # white margin after 313 * 16 = 5,008 samples
+
+
+def test_equal_tokens_have_equal_colours_on_every_page_and_neighbours_do_not():
+    def colours(*tokens):
+        row = strip(np.repeat(tokens, 100))
+        return [row[int((i + 0.5) * 250 / len(tokens) * PIXELS)] for i in range(len(tokens))]
+
+    assert np.abs(np.subtract(colours(5, 900), colours(5, 3, 900)[::2])).max() <= 6  # the picture's palette rounds
+    first = colours(*range(640, 650))
+    assert min(np.abs(a - b).sum() for i, a in enumerate(first) for b in first[:i]) > 40
 
 
 def test_absurd_amplitudes_are_cut_before_the_next_row_and_named():
@@ -165,6 +203,7 @@ def test_paths_choose_the_format_and_files_are_compact_fast_and_repeatable(tmp_p
     [
         (dict(ecg=np.zeros((12, 1000))), r"ecg has shape \(12, 1000\)"),
         (dict(ecg=flat(), reconstruction=flat().T), "reconstruction has shape"),
+        (dict(ecg=flat(), tokens=np.zeros((2, 313))), r"tokens has shape \(2, 313\)"),
         (dict(ecg=flat(), unit="uV"), "'mV', or 'SD'"),
         (dict(ecg=flat(), format="gif"), "'gif'.*png or .svg"),
     ],
