@@ -34,7 +34,7 @@ AUGMENTATIONS = ("augment_noise", "augment_wander", "augment_lead_dropout")
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
     manifest: str = arg("Folder written by `python -m sharding.prepare`.")
-    arch: Literal["heartspeed", "paper", "heartllm"] = arg("heartspeed: ours. paper: as the paper describes it. heartllm: as the authors' release computes it.", "heartspeed")
+    arch: Literal["heartspeed", "paper", "heartllm"] = arg("heartspeed: ours. paper: as the paper describes it. heartllm: as the authors' release.", "heartspeed")
     levels: list[int] = arg("Levels of each dimension of the quantiser; their product is the number of ECG tokens.", [6, 6, 6, 6])
     causal: bool = arg("Tokens that depend on no sample after them, as streaming needs.", False)
     augment_noise: float = arg("Probability that muscle, electrode or mains noise is added to an ECG. The target of all three is the ECG without it.", 0.0)
@@ -43,7 +43,7 @@ class TokenizerArguments(TrainingArguments):
     learning_rate: float = arg("Peak learning rate of AdamW.", 2e-3)
     num_train_epochs: float = arg("Passes over the training ECGs.", 5.0)
     per_device_train_batch_size: int = arg("ECGs per rank and micro-batch.", 16)
-    precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 on a GPU that has it, else fp32. Weights, quantiser and validation are fp32 in any case.", "auto")
+    precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 on a GPU that has it, else fp32. Weights, quantiser and validation stay fp32.", "auto")
 
     def __post_init__(self):
         super().__post_init__()

@@ -117,15 +117,19 @@ def test_the_loss_does_not_depend_on_how_ranks_cut_the_batch(line, tmp_path):
     assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)  # Adam divides by tiny second moments
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "instruct"])
+@pytest.mark.parametrize("stage", ["train_tokenizer", "pretrain", "instruct"])
 def test_killed_and_restarted_is_bit_identical(line, tmp_path, stage):
     """SIGKILL after a checkpoint; the same command goes on and ends with the same losses and weights as a run that was never touched."""
 
     def command(out):
-        inputs = {"pretrain": ["--backbone", "tiny", "--shards", line / "shards"], "instruct": ["--backbone", line / "pretrain", "--shards", line / "tasks"]}
+        inputs = {
+            "train_tokenizer": ["--manifest", line / "manifest", "--augment_noise", 0.5, "--augment_wander", 0.5, "--augment_lead_dropout", 0.5,
+                                "--eval_steps", 1, "--early_stopping_patience", 5, "--max_eval_samples", 2],
+            "pretrain": ["--backbone", "tiny", "--shards", line / "shards"],
+            "instruct": ["--backbone", line / "pretrain", "--shards", line / "tasks", "--lora_dropout", 0.1],
+        }  # fmt: skip
         return [sys.executable, f"launchers/{stage}.py", "--deepspeed", "ds_configs/zero2.json", *map(str, inputs[stage]), "--output_dir", str(out),
-                "--max_steps", "8", "--save_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1",
-                *(["--lora_dropout", "0.1"] if stage == "instruct" else [])]  # fmt: skip
+                "--max_steps", "8", "--save_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1"]  # fmt: skip
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run(*command(whole))
@@ -142,11 +146,12 @@ def test_killed_and_restarted_is_bit_identical(line, tmp_path, stage):
     assert done.returncode == 0, done.stdout[-3000:]
     losses = [[(e["step"], e["loss"]) for e in read_lines(folder / "log.jsonl") if "loss" in e] for folder in (whole, killed)]
     assert losses[0] == losses[1] and len(losses[0]) == 8
-    name = {"pretrain": "model.safetensors", "instruct": "adapter_model.safetensors"}[stage]
+    name = "adapter_model.safetensors" if stage == "instruct" else "model.safetensors"
     one, two = (load_file(folder / name) for folder in (whole, killed))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert len(list(killed.glob("checkpoint-*"))) == 2  # --save_total_limit
 
+    assert not list(killed.glob("best-*"))
     other = [*command(killed)[:-2], "--weight_decay", "0.5"]
     done = run(*other)
     assert done.returncode == 2 and "weight_decay 0.0, not 0.5" in done.stdout, done.stdout[-3000:]

@@ -139,7 +139,7 @@ class ECGTokenizer(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, ecg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float [B, 12, 5000] mV -> (ids uint16 [B, 313], reconstruction float32 [B, 12, 5000] mV): tokens and the leads' own mean and SD. Raises as `encode`."""
+        """float [B, 12, 5000] mV -> (ids uint16 [B, 313], reconstruction float32 [B, 12, 5000] mV, with the leads' own mean and SD)."""
         ids = self.encode(ecg)
         _, mean, std = self.normalise(torch.from_numpy(_checked(ecg, SAMPLING_RATE)))
         return ids, (self.decode(ids) * std.numpy() + mean.numpy()).astype(np.float32)
@@ -215,7 +215,7 @@ def _checked(ecg: np.ndarray, sampling_rate: float) -> np.ndarray:
     if ecg.ndim not in (2, 3) or ecg.shape[-2:] != (len(LEADS), SAMPLES):
         raise ValueError(f"ecg: expected [B, {len(LEADS)}, {SAMPLES}], 10 s at {SAMPLING_RATE} Hz, got {list(ecg.shape)}")
     if not np.issubdtype(ecg.dtype, np.floating):
-        raise ValueError(f"ecg: expected floating point mV, got {ecg.dtype}; multiply by the ADC's gain first")
+        raise ValueError(f"ecg: expected floating point mV, got {ecg.dtype}; subtract the ADC's baseline and divide by its gain first")
     if not np.isfinite(ecg).all():
         raise ValueError("ecg: expected finite values, got NaN or infinity; sharding.prepare quarantines such records")
     return ecg.reshape(-1, len(LEADS), SAMPLES).astype(np.float32, copy=False)

@@ -1,0 +1,212 @@
+"""What a tokenizer's training costs and what it reaches, each architecture beside the authors'; real ECGs, folds 1-8 to train, fold 9 to judge.
+
+    python benchmarks/tokenizer.py step                            # ECG/s and FLOPs of a training step, two minutes
+    python benchmarks/tokenizer.py quality --minutes 10            # error on fold 9 after equal wall-clock time
+    python benchmarks/tokenizer.py vocabularies --minutes 10       # bits a second against error and AUROC
+    python benchmarks/tokenizer.py step --json step.json
+
+Baseline: `heartllm`, the architecture of the authors' release, (a) called lead after lead, as their training does, (b) all leads in one batch, which
+is how it is trained here. Same optimizer, batch of 16 and learning rate schedule for all; one process, two threads, float32.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)  # this folder has a tokenizer.py too
+
+from sharding import prepare
+from sharding.manifest import read_manifest
+from toolkit.ecg.leads import SAMPLES, SAMPLING_RATE
+from toolkit.ecg.quality import read_checked
+from toolkit.tokenizer import diagnosis
+from toolkit.tokenizer.fsq import quantise
+from toolkit.tokenizer.metrics import code_usage
+from toolkit.tokenizer.tokenizer import ARCHITECTURES, ECGTokenizer, TokenizerConfig
+
+BATCH, ROUNDS = 16, 5
+VOCABULARIES = ([4, 4, 4, 4], [6, 6, 6, 6], [8, 5, 5, 5, 5])
+
+
+def released_loss(tokenizer: ECGTokenizer, ecg: torch.Tensor) -> torch.Tensor:
+    """The loss of `heartllm` as the release computes it, lead after lead."""
+    x = tokenizer.normalise(ecg)[0]
+    codes = quantise(torch.sigmoid(tokenizer.encoder.as_released(x)), tokenizer.config.levels)
+    return F.mse_loss(tokenizer.decoder(codes)[..., : x.shape[-1]], x)
+
+
+def optimizer_of(tokenizer: ECGTokenizer, rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(tokenizer.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+
+def train_step(tokenizer: ECGTokenizer, loss: Callable, optimizer: torch.optim.Optimizer, ecg: torch.Tensor) -> float:
+    value = loss(tokenizer, ecg)
+    optimizer.zero_grad()
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), 1.0)
+    optimizer.step()
+    return value.item()
+
+
+def step(data: dict, args: argparse.Namespace) -> list[dict]:
+    """ECG/s and FLOPs of a training step (forward, backward, AdamW), rounds that take turns."""
+    ecg, times, flops, ways = torch.from_numpy(data["train"][:BATCH]), {}, {}, {}
+    for name in ("heartllm, lead by lead", "heartllm", "paper", "heartspeed", "heartspeed, causal"):
+        tokenizer = make(TokenizerConfig(name.split(",")[0], causal="causal" in name))
+        loss = released_loss if "lead" in name else lambda tokenizer, ecg: tokenizer(ecg)
+        ways[name] = (tokenizer, loss, optimizer_of(tokenizer, 1e-4))
+        with FlopCounterMode(display=False) as counter:
+            loss(tokenizer, ecg[:1]).backward()
+        flops[name] = counter.get_total_flops()
+        tokenizer.zero_grad()
+    for _ in tqdm(range(ROUNDS + 1), desc="step", disable=None):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            train_step(*way, ecg)
+            times.setdefault(name, []).append(time.perf_counter() - started)
+    rate = {name: BATCH / median(took[1:]) for name, took in times.items()}
+    first = "heartllm, lead by lead"
+    return [
+        {
+            "architecture": name,
+            "ECG/s": rate[name],
+            "times the loop over leads": rate[name] / rate[first],
+            "GFLOP an ECG": flops[name] / 1e9,
+            "times less than heartllm": flops["heartllm"] / flops[name],
+            "parameters": sum(p.numel() for p in ways[name][0].parameters()),
+        }
+        for name in ways
+    ]
+
+
+def make(config: TokenizerConfig) -> ECGTokenizer:
+    torch.manual_seed(0)
+    return ECGTokenizer(config)
+
+
+def trained(config: TokenizerConfig, rate: float, ecgs: np.ndarray, minutes: float) -> tuple[ECGTokenizer, int]:
+    """A tokenizer after `minutes` of training, and how many ECGs it saw; the cosine of the learning rate follows the clock, 30 steps of warm-up."""
+    tokenizer, generator, order, seen = make(config), np.random.default_rng(1), np.zeros(0, int), 0
+    optimizer, started = optimizer_of(tokenizer, rate), time.perf_counter()
+    name = f"{config.arch} {config.levels}"
+    with tqdm(total=round(60 * minutes), desc=name, unit="s", disable=None) as bar:
+        while (elapsed := time.perf_counter() - started) < 60 * minutes:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1, (seen / BATCH + 1) / 30) * 0.5 * (1 + math.cos(math.pi * elapsed / 60 / minutes))
+            if len(order) < BATCH:
+                order = generator.permutation(len(ecgs))
+            batch, order = order[:BATCH], order[BATCH:]
+            train_step(tokenizer, lambda tokenizer, ecg: tokenizer(ecg), optimizer, torch.from_numpy(ecgs[batch]))
+            seen += BATCH
+            bar.n = round(elapsed)
+            bar.refresh()
+    return tokenizer.eval(), seen
+
+
+def judged(tokenizer: ECGTokenizer, ecgs: np.ndarray) -> tuple[float, dict]:
+    """(mean squared error in lead variances, code usage) of encode and decode."""
+    ids, error = tokenizer.encode(ecgs), 0.0
+    for ecg, row in zip(ecgs, ids):
+        x = tokenizer.normalise(torch.from_numpy(ecg[None]))[0][0].numpy()
+        error += float(((tokenizer.decode(row) - x) ** 2).mean())
+    usage = code_usage(np.bincount(ids.ravel(), minlength=tokenizer.config.codes), SAMPLES / SAMPLING_RATE / ids.shape[1])
+    return error / len(ecgs), {name: usage[name] for name in ("used", "perplexity", "bits_per_second")}
+
+
+def quality(data: dict, args: argparse.Namespace) -> list[dict]:
+    """Error on fold 9 after equal wall-clock time, one after the other on the same machine, each at every learning rate of --rates."""
+    rows = []
+    for arch in args.archs:
+        for rate in args.rates:
+            tokenizer, seen = trained(TokenizerConfig(arch), rate, data["train"], args.minutes)
+            error, usage = judged(tokenizer, data["valid"])
+            rows.append({"architecture": arch, "learning rate": rate, "minutes": args.minutes, "ECGs seen": seen, "MSE": error, **usage})
+    return rows
+
+
+def vocabularies(data: dict, args: argparse.Namespace) -> list[dict]:
+    """heartspeed with several vocabularies: bits a second, error, and what a classifier still finds in the reconstructions."""
+    rows = []
+    for levels in VOCABULARIES:
+        tokenizer, _ = trained(TokenizerConfig(levels=levels), args.rates[-1], data["train"], args.minutes)
+        error, usage = judged(tokenizer, data["valid"])
+        parts = {split: features(tokenizer, data, split) for split in ("train", "valid")}
+        found = diagnosis.information(parts["train"], parts["valid"])
+        kept = {kind: found[kind]["macro_auroc"] for kind in ("originals", "reconstructions")}
+        low, high = found["drop_interval"]
+        rows.append({"levels": levels, **usage, "MSE": error, **kept, "drop, low": low, "drop, high": high})
+    return rows
+
+
+def features(tokenizer: ECGTokenizer, data: dict, split: str) -> dict:
+    """What `diagnosis.information` takes of a split."""
+    kinds = {"originals": [], "reconstructions": []}
+    for start in range(0, len(data[split]), BATCH):
+        ecgs = data[split][start : start + BATCH]
+        kinds["originals"].append(diagnosis.features(ecgs))
+        kinds["reconstructions"].append(diagnosis.features(tokenizer.reconstruct(ecgs)[1]))
+    rows = data[f"{split} rows"]
+    labels = np.array([diagnosis.superclasses(codes) for codes in rows["labels"]])
+    return {**{kind: np.concatenate(parts) for kind, parts in kinds.items()}, "labels": labels, "patient": rows["patient"].to_numpy()}
+
+
+def load(root: Path, work: Path) -> dict:
+    """ECGs float32 [n, 12, 5000] and manifest rows of folds 1-8 ("train") and 9 ("valid")."""
+    prepare.main(["ptbxl", "--root", str(root), "--out", str(work / "manifest")])
+    manifest, data = read_manifest(work / "manifest"), {}
+    for split in ("train", "valid"):
+        rows = manifest[manifest["split"] == split].sort_values("key")
+        data[split] = np.stack([read_checked(*record)[0] for record in zip(rows["path"], rows["start"], rows["array"])])
+        data[f"{split} rows"] = rows
+    return data
+
+
+def table(rows: list[dict]) -> str:
+    """Rows with the same keys, as columns."""
+    def text(value) -> str:
+        return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+    cells = [list(rows[0])] + [[text(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells)
+
+
+def main() -> None:
+    parts = {"step": step, "quality": quality, "vocabularies": vocabularies}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", choices=list(parts), help="what to measure")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "ptbxl", help="a PTB-XL folder (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=10, help="training of each tokenizer in quality and vocabularies (default: %(default)s)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3], help="learning rates in quality; vocabularies takes the last (default: 2e-3 4e-3)")
+    parser.add_argument("--archs", nargs="+", default=["heartllm", "heartspeed"], choices=list(ARCHITECTURES), help="in quality (default: both)")
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    args = parser.parse_args()
+    torch.set_num_threads(min(2, os.cpu_count()))
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as work:
+        data = load(args.data, Path(work))
+    results = {}
+    for name in args.parts:
+        results[name] = parts[name](data, args)
+        print(f"\n{name}\n{table(results[name])}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
