@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from toolkit.errors import UserError
 from toolkit.tokenizer.fsq import codes_of, ids_of, quantise
-from toolkit.tokenizer.heartspeed import Block
+from toolkit.tokenizer.heartspeed import Attention, Block
 from toolkit.tokenizer.normalise import running, zscore
 from toolkit.tokenizer.paper import Inception
 from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
@@ -28,8 +28,10 @@ def untrained(config: TokenizerConfig) -> ECGTokenizer:
     """With weights everywhere: a block of heartspeed begins as the identity, which would hide half of it."""
     torch.manual_seed(0)
     tokenizer = ECGTokenizer(config).eval()
-    for block in (module for module in tokenizer.modules() if isinstance(module, Block)):
+    for block in (module for module in tokenizer.modules() if isinstance(module, Block | Attention)):
         torch.nn.init.normal_(block.down.weight, std=0.1)
+        if isinstance(block, Attention):
+            torch.nn.init.normal_(block.out.weight, std=0.1)
     return tokenizer
 
 
@@ -144,6 +146,25 @@ def test_running_statistics_are_those_of_a_loop():
     np.testing.assert_allclose(x[0, 5].numpy(), np.concatenate(expected), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state[0, 5].numpy(), sums, rtol=1e-9)
     np.testing.assert_allclose((x * std + mean)[0].numpy(), ecg[0], atol=1e-5)
+
+
+def test_attention_is_that_of_rotated_vectors():
+    """Softmax over q k / sqrt(d), where query and key of token t are turned by t / 1000**(i / half) in the plane of their dimensions i and i + half."""
+    torch.manual_seed(0)
+    block, x = Attention(32).double(), torch.randn(1, 9, 32, dtype=torch.float64)
+    for weight in (block.out.weight, block.down.weight):
+        torch.nn.init.normal_(weight, std=0.2)
+    q, k, v = block.qkv(block.norm(x))[0].reshape(9, 3, 4, 8).unbind(1)  # [token, head, 8]
+    turn = np.exp(1j * np.arange(9)[:, None] * 1000 ** (-np.arange(4) / 4))
+    complex_of = lambda a, head: (a[:, head, :4] + 1j * a[:, head, 4:]).detach().numpy() * turn  # noqa: E731
+    heads = []
+    for head in range(4):
+        scores = (complex_of(q, head) @ complex_of(k, head).conj().T).real / 8**0.5
+        weights = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+        heads.append(weights @ v[:, head].detach().numpy())
+    y = x + block.out(torch.from_numpy(np.concatenate(heads, 1)[None]))
+    expected = y + block.down(F.gelu(block.up(block.mlp_norm(y))))
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_tokens_of_a_causal_tokenizer_never_change(ecgs):

@@ -2,6 +2,7 @@
 
 16 samples of 12 leads (with 32 around them) become one vector by a matrix product; what follows are ConvNeXt blocks (Liu et al. 2022, arXiv
 2201.03545) over tokens, never a layer at 500 Hz. Encoders of one lead cannot use that leads repeat each other: of 12, four are sums of two others.
+The decoder ends with attention over the record, since beats repeat each other too; the encoder has none, so that a token speaks of its own half second.
 The last 8 samples before a record are silence, so that 8 + 5,000 samples are 313 tokens and no token of a causal encoder waits for the future.
 """
 
@@ -12,7 +13,8 @@ from torch.nn import functional as F
 from toolkit.tokenizer.normalise import LEFT, STRIDE
 
 CHANNELS = 192
-ENCODER_BLOCKS, DECODER_BLOCKS = 2, 3
+ENCODER_BLOCKS, DECODER_BLOCKS = 2, 2
+HEADS = 4
 KERNEL = 7  # tokens, 0.22 s
 PATCH = 48  # samples that a token's first layer sees, and that its last one writes
 
@@ -32,6 +34,29 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.conv(F.pad(x.transpose(1, 2), self.padding)).transpose(1, 2)
         return x + self.down(F.gelu(self.up(self.norm(h))))
+
+
+class Attention(nn.Module):
+    """x + attention(LayerNorm(x)), then x + MLP(LayerNorm(x)); all tokens see each other, by rotary positions (Su et al. 2021, arXiv 2104.09864)."""
+
+    BASE = 1000  # the slowest pair turns by 24 degrees in 10 s, the fastest by one radian a token
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm, self.mlp_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels, bias=False), nn.Linear(channels, channels, bias=False)
+        self.up, self.down = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+        for weight in (self.out.weight, self.down.weight, self.down.bias):
+            nn.init.zeros_(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # [B, HEADS, L, C / HEADS] each
+        half = q.shape[-1] // 2
+        angle = torch.arange(q.shape[-2], device=x.device)[:, None] * self.BASE ** (-torch.arange(half, device=x.device) / half)
+        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+        q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
 class Encoder(nn.Module):
@@ -58,7 +83,7 @@ class Decoder(nn.Module):
     def __init__(self, leads: int, dims: int):
         super().__init__()
         self.expand = nn.Linear(dims, CHANNELS)
-        self.blocks = nn.Sequential(*[Block(CHANNELS, causal=False) for _ in range(DECODER_BLOCKS)])
+        self.blocks = nn.Sequential(*[Block(CHANNELS, causal=False) for _ in range(DECODER_BLOCKS)], Attention(CHANNELS))
         self.norm = nn.LayerNorm(CHANNELS)
         self.patch = nn.ConvTranspose1d(CHANNELS, leads, PATCH, stride=STRIDE)
 
