@@ -32,14 +32,20 @@ sys.path[0] = str(ROOT)  # this folder has a tokenizer.py too
 
 from sharding import prepare
 from sharding.manifest import read_manifest
-from toolkit.ecg.leads import SAMPLES, SAMPLING_RATE
+from toolkit.ecg.leads import DURATION
 from toolkit.ecg.quality import read_checked
 from toolkit.tokenizer import diagnosis
 from toolkit.tokenizer.fsq import quantise
-from toolkit.tokenizer.metrics import code_usage
-from toolkit.tokenizer.tokenizer import ARCHITECTURES, ECGTokenizer, TokenizerConfig
+from toolkit.tokenizer.metrics import code_usage, ecg_metrics
+from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
 
 BATCH, ROUNDS = 16, 5
+CONFIGS = {
+    "heartllm": TokenizerConfig("heartllm"),
+    "paper": TokenizerConfig("paper"),
+    "heartspeed": TokenizerConfig(),
+    "causal": TokenizerConfig(causal=True),  # heartspeed too
+}
 VOCABULARIES = ([4, 4, 4, 4], [6, 6, 6, 6], [8, 5, 5, 5, 5])
 
 
@@ -66,8 +72,8 @@ def train_step(tokenizer: ECGTokenizer, loss: Callable, optimizer: torch.optim.O
 def step(data: dict, args: argparse.Namespace) -> list[dict]:
     """ECG/s and FLOPs of a training step (forward, backward, AdamW), rounds that take turns."""
     ecg, times, flops, ways = torch.from_numpy(data["train"][:BATCH]), {}, {}, {}
-    for name in ("heartllm, lead by lead", "heartllm", "paper", "heartspeed", "heartspeed, causal"):
-        tokenizer = make(TokenizerConfig(name.split(",")[0], causal="causal" in name))
+    for name in ("heartllm, lead by lead", *CONFIGS):
+        tokenizer = make(CONFIGS[name.split(",")[0]])
         loss = released_loss if "lead" in name else lambda tokenizer, ecg: tokenizer(ecg)
         ways[name] = (tokenizer, loss, optimizer_of(tokenizer, 1e-4))
         with FlopCounterMode(display=False) as counter:
@@ -103,8 +109,7 @@ def trained(config: TokenizerConfig, rate: float, ecgs: np.ndarray, minutes: flo
     """A tokenizer after `minutes` of training, and how many ECGs it saw; the cosine of the learning rate follows the clock, 30 steps of warm-up."""
     tokenizer, generator, order, seen = make(config), np.random.default_rng(1), np.zeros(0, int), 0
     optimizer, started = optimizer_of(tokenizer, rate), time.perf_counter()
-    name = f"{config.arch} {config.levels}"
-    with tqdm(total=round(60 * minutes), desc=name, unit="s", disable=None) as bar:
+    with tqdm(total=round(60 * minutes), desc=f"{config.arch} {config.levels}", unit="s", disable=None) as bar:
         while (elapsed := time.perf_counter() - started) < 60 * minutes:
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1, (seen / BATCH + 1) / 30) * 0.5 * (1 + math.cos(math.pi * elapsed / 60 / minutes))
@@ -120,12 +125,15 @@ def trained(config: TokenizerConfig, rate: float, ecgs: np.ndarray, minutes: flo
 
 def judged(tokenizer: ECGTokenizer, ecgs: np.ndarray) -> tuple[float, dict]:
     """(mean squared error in lead variances, code usage) of encode and decode."""
-    ids, error = tokenizer.encode(ecgs), 0.0
-    for ecg, row in zip(ecgs, ids):
-        x = tokenizer.normalise(torch.from_numpy(ecg[None]))[0][0].numpy()
-        error += float(((tokenizer.decode(row) - x) ** 2).mean())
-    usage = code_usage(np.bincount(ids.ravel(), minlength=tokenizer.config.codes), SAMPLES / SAMPLING_RATE / ids.shape[1])
-    return error / len(ecgs), {name: usage[name] for name in ("used", "perplexity", "bits_per_second")}
+    ids, errors = [], []
+    for start in range(0, len(ecgs), BATCH):
+        batch = ecgs[start : start + BATCH]
+        codes, made = tokenizer.reconstruct(batch)
+        ids.append(codes)
+        errors.append(ecg_metrics(batch, made)["mse"])
+    counts = np.bincount(np.concatenate(ids).ravel(), minlength=tokenizer.config.codes)
+    usage = code_usage(counts, DURATION / tokenizer.tokens_per_ecg)
+    return float(np.concatenate(errors).mean()), {name: usage[name] for name in ("used", "perplexity", "bits_per_second")}
 
 
 def quality(data: dict, args: argparse.Namespace) -> list[dict]:
@@ -133,7 +141,7 @@ def quality(data: dict, args: argparse.Namespace) -> list[dict]:
     rows = []
     for arch in args.archs:
         for rate in args.rates:
-            tokenizer, seen = trained(TokenizerConfig(arch), rate, data["train"], args.minutes)
+            tokenizer, seen = trained(CONFIGS[arch], rate, data["train"], args.minutes)
             error, usage = judged(tokenizer, data["valid"])
             rows.append({"architecture": arch, "learning rate": rate, "minutes": args.minutes, "ECGs seen": seen, "MSE": error, **usage})
     return rows
@@ -191,9 +199,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=list(parts), help="what to measure")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "ptbxl", help="a PTB-XL folder (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10, help="training of each tokenizer in quality and vocabularies (default: %(default)s)")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3], help="learning rates in quality; vocabularies takes the last (default: 2e-3 4e-3)")
-    parser.add_argument("--archs", nargs="+", default=["heartllm", "heartspeed"], choices=list(ARCHITECTURES), help="in quality (default: both)")
+    parser.add_argument("--minutes", type=float, default=10, help="training of each tokenizer (default: %(default)s)")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3], help="learning rates in quality, vocabularies takes the last (2e-3 4e-3)")
+    parser.add_argument("--archs", nargs="+", default=["heartllm", "heartspeed"], choices=list(CONFIGS), help="in quality (default: both)")
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args()
     torch.set_num_threads(min(2, os.cpu_count()))

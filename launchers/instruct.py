@@ -49,6 +49,8 @@ def main() -> None:
     args = parse(InstructArguments, __doc__)
     (shards, valid_shards), skipped = open_shards(args, ["train", "valid"], "tasks")
     stamp = check_stamp(args.backbone, shards.index, "--backbone")
+    if (Path(args.backbone) / "adapter_config.json").is_file():
+        raise UserError(f"--backbone: {args.backbone} is an adapter; name the folder of launchers/pretrain.py that it was trained on")
     if not (Path(args.backbone) / RESULTS).is_file():
         raise UserError(f"--backbone: the training of {args.backbone} is not complete; run its launchers/pretrain.py command again")
     backbone = str(Path(args.backbone).resolve())  # the adapter's configuration remembers it

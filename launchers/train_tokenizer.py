@@ -34,7 +34,7 @@ AUGMENTATIONS = ("augment_noise", "augment_wander", "augment_lead_dropout")
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
     manifest: str = arg("Folder written by `python -m sharding.prepare`.")
-    arch: Literal["heartspeed", "paper", "heartllm"] = arg("heartspeed: ours. paper: as the paper describes it. heartllm: as the authors' release.", "heartspeed")
+    arch: Literal["heartspeed", "paper", "heartllm"] = arg("heartspeed: ours. paper: as the paper says. heartllm: as the authors' release.", "heartspeed")
     levels: list[int] = arg("Levels of each dimension of the quantiser; their product is the number of ECG tokens.", [6, 6, 6, 6])
     causal: bool = arg("Tokens that depend on no sample after them, as streaming needs.", False)
     augment_noise: float = arg("Probability that muscle, electrode or mains noise is added to an ECG. The target of all three is the ECG without it.", 0.0)
@@ -47,6 +47,8 @@ class TokenizerArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.gradient_checkpointing:
+            raise UserError("--gradient_checkpointing: the tokenizer has none; leave it out")
         for name in AUGMENTATIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name}: must be a probability from 0 to 1, not {getattr(self, name)}")
@@ -99,7 +101,7 @@ def main() -> None:
 
     def loss(engine, inputs):
         ecgs, targets = (x.to(ranks.device) for x in inputs)
-        return engine(ecgs, targets, bf16 and engine.training) * len(ecgs)
+        return engine(ecgs, targets, bf16 and engine.module.training) * len(ecgs)
 
     def evaluate(engine) -> dict:
         return {"eval_mse": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}

@@ -30,7 +30,7 @@ from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.files import whole_file
 from toolkit.memory import keep_freed_memory
 from toolkit.shards.reader import read_index
-from toolkit.shards.writer import INDEX_DTYPE, TOKENIZER_FILES, join_shards, write_index, write_shard
+from toolkit.shards.writer import FORMAT_VERSION, INDEX_DTYPE, TOKENIZER_FILES, join_shards, write_index, write_shard
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
 CHUNK = 64  # ECGs that a worker takes at a time: 15 MB of samples, half a second of encoding on a core, one batch on a GPU
@@ -71,6 +71,7 @@ def shard(args: argparse.Namespace) -> bool:
     manifest, qc = read_manifest(args.manifest), read_summary(args.manifest)["arguments"]["qc"]
     once = {
         "kind": "tokens",
+        "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint(),
         "tokens_per_ecg": tokenizer.tokens_per_ecg,
         "codes": tokenizer.config.codes,

@@ -10,8 +10,11 @@ class UserError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type: what a `UserError` quotes of another library's error."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of an error's message that says something, or its type: what a `UserError` quotes of another library's error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # torch: "Error(s) in loading state_dict for X:" and then what is wrong
+        return lines[1]
+    return lines[0] if lines else type(error).__name__
 
 
 def exit_2_on_user_error(main):

@@ -151,7 +151,7 @@ def test_killed_and_restarted_is_bit_identical(line, tmp_path, stage):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert len(list(killed.glob("checkpoint-*"))) == 2  # --save_total_limit
 
-    assert not list(killed.glob("best-*"))
+    assert not list(killed.glob(".best-*"))
     other = [*command(killed)[:-2], "--weight_decay", "0.5"]
     done = run(*other)
     assert done.returncode == 2 and "weight_decay 0.0, not 0.5" in done.stdout, done.stdout[-3000:]

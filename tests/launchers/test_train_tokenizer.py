@@ -15,6 +15,7 @@ from tests.launchers.test_line import read_lines
 from toolkit.ecg.noise import augment
 from toolkit.ecg.quality import read_checked
 from toolkit.tokenizer.tokenizer import ECGTokenizer
+from toolkit.training.validation import fixed_subset
 
 pytestmark = pytest.mark.launch
 
@@ -49,13 +50,44 @@ def test_training_that_gets_no_better_stops_and_gives_the_best(line, tmp_path):
     done = run(sys.executable, *words)
     assert done.returncode == 0, done.stdout[-3000:]
     results = json.loads((out / "train_results.json").read_text())
-    assert (results["steps"], results["best_step"]) == (6, 2) and not list(out.glob("best-*"))
-    logged = [entry for entry in read_lines(out / "log.jsonl") if "eval_mse" in entry]
-    assert [entry["step"] for entry in logged] == [2, 4, 6, 6] and len({entry["eval_mse"] for entry in logged}) == 1  # float32, whatever --precision
+    assert (results["steps"], results["best_step"]) == (6, 2) and not list(out.glob(".best-*"))
+    logged = [entry["eval_mse"] for entry in read_lines(out / "log.jsonl") if "eval_mse" in entry]
+    assert len(logged) == 3 and len(set(logged)) == 1
     tokenizer = ECGTokenizer.from_pretrained(out)
     assert tokenizer.config.causal and tokenizer.config.levels == [5, 4]
+    rows = read_manifest(line / "manifest")
+    rows = rows[rows["split"] == "valid"].sort_values("key")
+    ecgs = torch.from_numpy(np.stack([read_checked(*record)[0] for record in zip(rows["path"], rows["start"], rows["array"])]))
+    ecgs = ecgs[fixed_subset(len(ecgs), 4)]
+    with torch.no_grad():
+        assert logged[0] == pytest.approx(tokenizer(ecgs).item(), rel=1e-6) != pytest.approx(tokenizer(ecgs, bf16=True).item(), rel=1e-6)
     done = run(sys.executable, *words)
     assert done.returncode == 0 and "complete already: 6 steps" in done.stdout
+
+
+CRASH = """
+import os, runpy, sys
+import toolkit.training.loop as loop
+write = loop.write_text
+loop.write_text = lambda path, text: os._exit(9) if path.name == "train_results.json" else write(path, text)
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_an_early_stopped_run_that_crashed_at_its_end_is_completed(line, tmp_path):
+    out = tmp_path / "out"
+    words = again(line, out, 0, "--learning_rate", 0, "--eval_steps", 1, "--early_stopping_patience", 1)
+    (tmp_path / "out").mkdir()
+    (out / "best-1").mkdir()  # a user's
+    (out / "best-1" / "notes").write_text("mine")
+    done = run(sys.executable, "-c", CRASH.replace("sys.argv[1]", "sys.argv.pop(0) and sys.argv[0]"), *words)
+    assert done.returncode == 9 and not (out / "train_results.json").exists(), done.stdout[-3000:]
+    done = run(sys.executable, *words)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert json.loads((out / "train_results.json").read_text())["best_step"] == 1 and not list(out.glob(".best-*"))
+    assert (out / "best-1" / "notes").read_text() == "mine"
+    done = run(sys.executable, *again(line, tmp_path / "other", 0, "--gradient_checkpointing", "true"))
+    assert done.returncode == 2 and "--gradient_checkpointing" in done.stdout
 
 
 def test_augmentation_is_drawn_from_the_place_in_the_order(line):

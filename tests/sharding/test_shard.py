@@ -275,7 +275,7 @@ def test_a_full_disk_is_named_and_what_was_complete_stays(made, small_disk, caps
         shard.main(arguments(made, out))
     tars = sha256(out)
     assert tars and tars == {name: sha256(made / "shards")[name] for name in tars} and not list(out.glob(".*"))
-    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     shard.main(arguments(made, out))
     assert sha256(out) == sha256(made / "shards")
 

@@ -99,11 +99,11 @@ class Payload:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path, state: None, "no tokenizer of the HeartLLM release"),
-        (lambda path, state: path.write_bytes(b"no zip"), "no tokenizer of the HeartLLM release"),
+        (lambda path, state: None, "no such file"),
+        (lambda path, state: path.write_bytes(b"no zip"), "not a file of nothing but tensors"),
         (lambda path, state: torch.save(state, path), "no tokenizer of the HeartLLM release"),
         (lambda path, state: torch.save({"model": {k: v for k, v in state.items() if "bottleneck" not in k}}, path), "bottleneck"),
-        (lambda path, state: torch.save({"model": state, "more": Payload()}, path), "Weights only load failed"),
+        (lambda path, state: torch.save({"model": state, "more": Payload()}, path), "not a file of nothing but tensors"),
     ],
 )
 def test_what_is_no_best_pt_is_named(best, tmp_path, capsys, make, message):

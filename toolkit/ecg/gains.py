@@ -1,7 +1,7 @@
 """Per-lead gains: what z-scoring takes from an ECG, kept beside its tokens as numbers, prompt text or one of 32 tokens a lead.
 
 A gain is a lead's standard deviation over the 10 s, by which the tokenizer divides it (a causal one by an estimate from the past alone). An archive
-that was z-scored upstream has gains of 1 throughout.
+that was z-scored upstream has gains of 1 throughout. A record shorter than 10 s (flag `padded`) has smaller ones, as zeros fill it: 5 s of 0.21 mV are 0.15.
 """
 
 from collections.abc import Sequence

@@ -34,6 +34,7 @@ DILATIONS = [2**i for i in range(7)]  # up to 64: a kernel then spans 5.1 s, hal
 PER_DILATION = 150
 PENALTY = 1e-3  # C of the logistic regression: macro AUROC 0.912 in 4-fold validation on 1,442 ECGs of PTB-XL; 0.896 at 1e-4, 0.899 at 1e-1
 RESAMPLES = 1000
+FEWEST = 10  # cases, and controls, of a class that is judged: with one case an AUROC is one ECG's rank
 
 
 def superclasses(labels: list[str]) -> np.ndarray:
@@ -95,8 +96,9 @@ def information(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> di
     """AUROC of a classifier trained and judged on originals, of one trained and judged on reconstructions, and the drop from the first to the second.
 
     `train` and `test` hold `originals` and `reconstructions` (`features` of the same ECGs), `labels` bool [N, 5], `patient` str [N]. ECGs without any
-    super-class are left out (Strodthoff et al.). `drop_interval` holds 95 % of 1,000 bootstrap samples of the judged patients, the same for both classifiers;
-    it knows nothing of the training ECGs' chance. `skipped` says why nothing could be measured.
+    super-class are left out (Strodthoff et al.), and so are classes with fewer than 10 cases or controls among the judged. `drop_interval` holds 95 % of
+    1,000 bootstrap samples of the judged patients, the same for both classifiers; it knows nothing of the training ECGs' chance. `skipped` says why nothing
+    could be measured.
     """
     train, test = ({name: values[part["labels"].any(1)] for name, values in part.items()} for part in (train, test))
     result = {"train_ecgs": len(train["labels"]), "ecgs": len(test["labels"])}
@@ -107,7 +109,10 @@ def information(train: dict[str, np.ndarray], test: dict[str, np.ndarray]) -> di
             areas[kind] = aurocs(judged[kind], test["labels"])
     if not judged or np.isnan(areas["originals"]).all():
         return result | {"skipped": "no PTB-XL super-class that some ECGs of the train split and of this one have, and some have not"}
-    classes = np.flatnonzero(np.isfinite(areas["originals"]))
+    cases = test["labels"].sum(0)
+    classes = np.flatnonzero(np.isfinite(areas["originals"]) & (cases >= FEWEST) & (len(test["labels"]) - cases >= FEWEST))
+    if not len(classes):
+        return result | {"skipped": f"no PTB-XL super-class that {FEWEST} of the judged ECGs have and {FEWEST} have not"}
     names, labels = [SUPERCLASSES[i] for i in classes], test["labels"][:, classes]
 
     patients, patient = np.unique(test["patient"], return_inverse=True)

@@ -224,7 +224,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, str]:
     everything = {"all": np.ones(len(rows), bool)}
     results = {
         "note": NOTE,
-        "tokenizer": {"fingerprint": tokenizer.fingerprint(), "arch": tokenizer.config.arch, "levels": list(tokenizer.config.levels)},
+        "tokenizer": {"fingerprint": tokenizer.fingerprint(), **{name: getattr(tokenizer.config, name) for name in ("arch", "levels", "causal")}},
         "manifest": {"digest": summary["digest"], "split": args.split, "ecgs": len(rows), "of": int((manifest["split"] == args.split).sum())},
         "arguments": {"max_ecgs": args.max_ecgs, "noise_ecgs": args.noise_ecgs, "noise_snr": args.noise_snr, "max_train_ecgs": args.max_train_ecgs},
         **by(everything),

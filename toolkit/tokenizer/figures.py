@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from toolkit.ecg.plot import INK, RECONSTRUCTION, draw_ecg
 
 COLOURS = ("#1673ff", "#d1495b", "#edae49", "#00798c", "#7b5ea7")
+MARKERS = ("o-", "s-", "^-", "x--", "+:")  # curves that lie upon each other are still told apart
 
 
 def cases(mse: np.ndarray, groups: dict[str, np.ndarray]) -> list[tuple[str, str, int]]:
@@ -43,7 +44,7 @@ def draw_overview(path: str | os.PathLike, counts: np.ndarray, bands: dict[str, 
     ranked = np.sort(counts)[::-1] / max(1, counts.sum())
     axes[0].plot(np.arange(1, len(ranked) + 1), np.where(ranked > 0, ranked, np.nan), color=RECONSTRUCTION)
     axes[0].axhline(1 / len(ranked), color=INK, linewidth=0.8, linestyle=":")
-    axes[0].text(1, 1 / len(ranked), "all alike", va="bottom", fontsize=8)
+    axes[0].text(len(ranked), 1 / len(ranked), "all alike", va="bottom", ha="right", fontsize=8)
     _label(axes[0], f"{int((counts > 0).sum())} of {len(counts)} codes are used", "code, most frequent first", "share of all tokens")
     axes[0].set(yscale="log", xlim=(0, len(ranked) + 1))
 
@@ -52,12 +53,13 @@ def draw_overview(path: str | os.PathLike, counts: np.ndarray, bands: dict[str, 
     axes[1].bar_label(bars, ["" if np.isnan(share) else f"{share:.3g}" for share in shares], fontsize=8)
     axes[1].axhline(100, color=INK, linewidth=0.8, linestyle=":")
     axes[1].set_xticks(range(len(shares)), [name.removesuffix(" Hz") for name in bands], fontsize=8)
-    _label(axes[1], "error in each band", "Hz", "error energy / original's, %")
+    _label(axes[1], "error in each band", "Hz (none: the originals have nothing there)", "error energy / original's, %")
+    axes[1].set(yscale="log")  # a band with little energy would flatten the others
 
     if noise:
-        for kind, colour in zip(dict.fromkeys(row["noise"] for row in noise if row["snr_db"] is not None), COLOURS):
+        for kind, colour, marker in zip(dict.fromkeys(row["noise"] for row in noise if row["snr_db"] is not None), COLOURS, MARKERS):
             rows = sorted((row for row in noise if row["noise"] == kind), key=lambda row: row["snr_db"])
-            axes[2].plot([row["snr_db"] for row in rows], [row["output"]["mse"] for row in rows], "o-", color=colour, label=kind, markersize=4)
+            axes[2].plot([row["snr_db"] for row in rows], [row["output"]["mse"] for row in rows], marker, color=colour, label=kind, markersize=4)
         snr = np.array(sorted({row["snr_db"] for row in noise if row["snr_db"] is not None}))
         axes[2].plot(snr, 10 ** (-snr / 10), color=INK, linestyle=":", label="input itself")
         clean = next(row["output"]["mse"] for row in noise if row["snr_db"] is None)

@@ -7,18 +7,20 @@ import argparse
 from pathlib import Path
 
 from toolkit.errors import UserError, exit_2_on_user_error
+from toolkit.files import new_folder
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m toolkit.tokenizer.from_heartllm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", metavar="BEST.pt", help="the file; nothing but tensors is loaded from it")
-    parser.add_argument("--out", required=True, type=Path, help="folder for config.json and model.safetensors; must not hold a tokenizer")
+    parser.add_argument("--out", required=True, type=Path, help="new folder, for config.json and model.safetensors")
     args = parser.parse_args(argv)
     tokenizer = ECGTokenizer.from_heartllm(args.path)
-    if (args.out / "config.json").exists():
+    if args.out.exists():
         raise UserError(f"--out: {args.out} is there already; name a new folder")
-    tokenizer.save_pretrained(args.out)
+    with new_folder(args.out) as folder:
+        tokenizer.save_pretrained(folder)
     print(f"{args.out}: tokenizer {tokenizer.fingerprint()}")
 
 

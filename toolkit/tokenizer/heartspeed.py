@@ -2,7 +2,7 @@
 
 16 samples of 12 leads (with 32 around them) become one vector by a matrix product; what follows are ConvNeXt blocks (Liu et al. 2022, arXiv
 2201.03545) over tokens, never a layer at 500 Hz. Encoders of one lead cannot use that leads repeat each other: of 12, four are sums of two others.
-The decoder ends with attention over the record, since beats repeat each other too; the encoder has none, so that a token speaks of its own half second.
+The decoder ends with attention over the record, since beats repeat each other too; the encoder has none, so that a token speaks of two thirds of a second.
 The last 8 samples before a record are silence, so that 8 + 5,000 samples are 313 tokens and no token of a causal encoder waits for the future.
 """
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from toolkit.tokenizer.normalise import LEFT, STRIDE
 
 CHANNELS = 192
-ENCODER_BLOCKS, DECODER_BLOCKS = 2, 2
+ENCODER_BLOCKS, DECODER_BLOCKS = 3, 2
 HEADS = 4
 KERNEL = 7  # tokens, 0.22 s
 PATCH = 48  # samples that a token's first layer sees, and that its last one writes

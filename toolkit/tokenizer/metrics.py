@@ -1,11 +1,10 @@
-"""What a tokenizer keeps of an ECG, in numbers: pure functions over arrays, numpy and scipy alone.
+"""What a tokenizer keeps of an ECG, in numbers: pure functions over arrays, numpy alone.
 
 Everything is relative to the lead: errors are divided by the variance of the original's lead, so that a z-scored dataset and one in mV give the same figures.
 A lead that does not move (SD under 1 uV: missing or flat) has no variance to compare with and is left out of its ECG's means.
 """
 
 import numpy as np
-from scipy.signal import welch
 
 from toolkit.ecg.leads import LEADS, SAMPLING_RATE
 
@@ -14,7 +13,6 @@ FLAT = 1e-3  # mV, the floor of the tokenizer's own scaling
 BANDS = ((0, 0.67), (0.67, 5), (5, 15), (15, 40), (40, 100), (100, 250))
 BAND_NAMES = tuple(f"{low:g}-{high:g} Hz" for low, high in BANDS)
 EMPTY = 1e-5  # of a lead's energy: a band with less was filtered out upstream, and whatever the tokenizer leaves there would be millions of percent of it
-SEGMENT = 4 * SAMPLING_RATE  # 4 s: bins of 0.25 Hz, so that 0.67 Hz can be told from 1 Hz
 
 
 def ecg_metrics(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, np.ndarray]:
@@ -24,8 +22,8 @@ def ecg_metrics(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, n
     - `prd`, percent: 100 sqrt(sum((x - y)^2) / sum((x - mean(x))^2)) of a lead, mean over leads: the percentage root-mean-square difference with the mean
       removed (PRDN; Zigel et al. 2000, IEEE TBME 47:1422; Blanco-Velasco et al. 2005, Med Eng Phys 27:798, say why it has to be). 100 is a flat line.
     - `correlation/<lead>`: Pearson's r of x and y; 0 where y is constant; `correlation` is their mean.
-    - `error/<band>`, `energy/<band>`: energy of y - x and of x - mean(x) in BANDS, in lead variances, mean over leads. By Welch's method (1967; 4 s Hann
-      windows, half overlapping), so the bands add up to mse and 1 but for the windows' weights. `band_error` makes ratios of them.
+    - `error/<band>`, `energy/<band>`: energy of y - x and of x - mean(x) in BANDS, in lead variances, mean over leads: squared Fourier coefficients of the
+      whole record, so that by Parseval's theorem the bands add up to mse and 1. `band_error` makes ratios of them.
 
     Raises ValueError for shapes that differ or are no ECGs.
     """
@@ -40,10 +38,13 @@ def ecg_metrics(original: np.ndarray, reconstruction: np.ndarray) -> dict[str, n
     correlation = _pearson(x, x + error)  # shifting and scaling both leaves r as it is
     metrics = {"mse": mse, "prd": 100 * np.sqrt(mse), "correlation": correlation}
     for kind, signal in (("error", error), ("energy", x)):
-        frequency, density = welch(signal, SAMPLING_RATE, nperseg=SEGMENT, detrend=False)
+        samples = signal.shape[-1]
+        frequency = np.fft.rfftfreq(samples, 1 / SAMPLING_RATE)
+        twice = np.where((frequency == 0) | (frequency == SAMPLING_RATE / 2), 1, 2)  # the coefficients of negative frequencies are not in rfft
+        power = np.abs(np.fft.rfft(signal)) ** 2 * twice / samples**2
         for (low, high), name in zip(BANDS, BAND_NAMES):
             inside = (frequency >= low) & ((frequency < high) | (high == SAMPLING_RATE / 2))
-            metrics[f"{kind}/{name}"] = density[..., inside].sum(-1) * frequency[1]
+            metrics[f"{kind}/{name}"] = power[..., inside].sum(-1)
     alive = ~flat[..., 0]
     result = {name: _mean_over_leads(values, alive) for name, values in metrics.items()}
     for lead, name in enumerate(LEADS):

@@ -27,8 +27,8 @@ from toolkit.tokenizer.normalise import STRIDE, running, zscore
 
 FORMAT_VERSION = 2
 ARCHITECTURES = {"heartspeed": heartspeed, "paper": paper, "heartllm": heartllm}
-# Distance of an encoder output, in levels, to the boundary of two digits below which float64 decides. Float32 is off by 4e-6 at most (60 ECGs, four
-# tokenizers), and by other amounts with other instruction sets: 3 of 1.5 M ids differed between AVX2 and AVX-512. At most one ECG in 60 was this close.
+# Distance of an encoder output, in levels, to the boundary of two digits below which float64 decides. Float32 is off by 4e-6 at most (paper, 60 ECGs;
+# heartspeed less), and by other amounts with other instruction sets: 3 of 1.5 M ids differed between AVX2 and AVX-512. One ECG in 40 is this close.
 TIE = 1e-5
 
 
@@ -44,7 +44,7 @@ class TokenizerConfig:
     def __post_init__(self):
         if self.arch not in ARCHITECTURES:
             raise UserError(f"--arch: must be one of {', '.join(ARCHITECTURES)}, not {self.arch!r}")
-        if not self.levels or min(self.levels) < 2 or self.codes > 2**16:
+        if not self.levels or not all(isinstance(n, int) and n >= 2 for n in self.levels) or self.codes > 2**16:
             raise UserError(f"--levels: needs 2 or more levels in each dimension and at most 65,536 codes (ids are uint16), not {self.levels}")
         if self.causal and self.arch != "heartspeed":
             raise UserError(f"--causal: --arch {self.arch} normalises over the whole record, future included; only heartspeed can do without")
@@ -58,8 +58,8 @@ class ECGTokenizer(nn.Module):
     """Encoder + FSQ + decoder. Ids are those of toolkit/tokenizer/fsq.py, always computed in float32 (bf16 flips about 5 % of them).
 
     Where an output lies within 1e-5 of the boundary of two digits, float64 decides, so that ids are the same on any machine and in any batch.
-    Not so with the architecture heartllm, which computes as the authors' release does, bit for bit: there one ECG in some hundreds has an id
-    that depends on how many are encoded together.
+    Not so with the architecture heartllm, which computes as the authors' release does, bit for bit, and depends on how many are encoded together
+    as that does: by 2e-6 before the sigmoid (no id of 240 ECGs differed between one and ten at a time).
     """
 
     # On a CPU more than one at a time gains nothing (16: 141 ECG/s on one core, 1: 140).
@@ -112,6 +112,8 @@ class ECGTokenizer(nn.Module):
         ids = np.concatenate(ids) if ids else np.zeros((0, self.tokens_per_ecg), np.uint16)
         return ids[0] if single else ids
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)  # ids are float32, whatever a caller is in
     def ids_of_normalised(self, x: torch.Tensor) -> torch.Tensor:
         """float32 [B, 12, T] as `normalise` gives it -> int64 [B, L]. Raises ValueError if the encoder's output is not finite."""
         if self.config.arch == "heartllm":
@@ -129,20 +131,23 @@ class ECGTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """uint16 [B, L] or [L] -> float32 [B, 12, 16 * L] (5,000 samples for 313 tokens) in standard deviations of each lead."""
-        single, ids = np.ndim(ids) == 1, np.atleast_2d(ids).astype(np.int64)
-        if ids.size and ids.max() >= self.config.codes:
-            raise ValueError(f"ids: {ids.max()} is not below the number of codes, {self.config.codes}")
-        ids = torch.from_numpy(ids).to(next(self.parameters()).device)
+        """Integers [B, L] or [L] -> float32 [B, 12, n] in standard deviations of each lead, n = 5,000 for L = 313, the most there is.
+
+        Raises ValueError for what are no ids of this tokenizer.
+        """
+        single, ids = np.ndim(ids) == 1, np.atleast_2d(ids)
+        if not np.issubdtype(ids.dtype, np.integer) or (ids.size and not 0 <= ids.min() <= ids.max() < self.config.codes):
+            raise ValueError(f"ids: expected integers from 0 to {self.config.codes - 1}, got {ids.dtype} from {ids.min()} to {ids.max()}")
+        ids = torch.from_numpy(ids.astype(np.int64)).to(next(self.parameters()).device)
         ecg = self.decoder(codes_of(ids, self.config.levels)).cpu().numpy()[..., :SAMPLES]
         return ecg[0] if single else ecg
 
     @torch.no_grad()
-    def reconstruct(self, ecg: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float [B, 12, 5000] mV -> (ids uint16 [B, 313], reconstruction float32 [B, 12, 5000] mV, with the leads' own mean and SD)."""
-        ids = self.encode(ecg)
-        _, mean, std = self.normalise(torch.from_numpy(_checked(ecg, SAMPLING_RATE)))
-        return ids, (self.decode(ids) * std.numpy() + mean.numpy()).astype(np.float32)
+    def reconstruct(self, ecg: np.ndarray, sampling_rate: float = SAMPLING_RATE) -> tuple[np.ndarray, np.ndarray]:
+        """float [B, 12, 5000] mV or one ECG -> (ids as `encode`, reconstruction float32 in the shape of `ecg`, mV, with the leads' own mean and SD)."""
+        ids = self.encode(ecg, sampling_rate)
+        _, mean, std = self.normalise(torch.from_numpy(_checked(ecg, sampling_rate)))
+        return ids, (self.decode(ids) * std.numpy() + mean.numpy()).astype(np.float32).reshape(np.shape(ecg))
 
     def fingerprint(self) -> str:
         """16 hex digits over configuration and encoder weights: what decides the ids. Another decoder keeps the fingerprint."""
@@ -182,19 +187,26 @@ class ECGTokenizer(nn.Module):
             tokenizer.load_state_dict(load_file(folder / "model.safetensors"))
         except Exception as error:  # safetensors and torch raise many types for damaged files
             raise UserError(f"{flag}: {folder} does not load ({first_line(error)}); copy or train it again") from error
+        if tokenizer.fingerprint() != raw.get("fingerprint"):  # one flipped bit is another tokenizer
+            raise UserError(f"{flag}: {folder} is damaged: its configuration and encoder are not those that were saved; copy or train it again")
         return tokenizer.eval()
 
     @classmethod
     def from_heartllm(cls, path: str | Path) -> "ECGTokenizer":
         """Load the `best.pt` of the authors' release. Raises UserError naming the file."""
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file; name the best.pt of the HeartLLM release")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)  # a pickle is a program: nothing but tensors is taken from it
+        except Exception as error:  # torch raises many types, and its text advises to trust the file
+            raise UserError(f"{path} is no tokenizer of the HeartLLM release: not a file of nothing but tensors and numbers") from error
+        try:
             tokenizer, state = cls(TokenizerConfig(arch="heartllm")), heartllm.from_release(saved["model"])
             unlike = sorted(tokenizer.state_dict().keys() ^ state.keys())
             if unlike:
                 raise ValueError(f"{unlike[0]} is {'missing' if unlike[0] not in state else 'unknown'}")
             tokenizer.load_state_dict(state)
-        except Exception as error:  # torch raises many types
+        except Exception as error:
             raise UserError(f"{path} is no tokenizer of the HeartLLM release, tensors under the key 'model' ({first_line(error)})") from error
         return tokenizer.eval()
 
@@ -203,7 +215,8 @@ class ECGTokenizer(nn.Module):
         if first.dtype != torch.float32:
             raise ValueError(f"tokenizer: weights are {first.dtype}; ids are defined in float32")
         if first.device.type == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions unless told not to: 10 bits of mantissa are no float32
+            # torch allows TF32 for convolutions unless told not to: 10 bits of mantissa are no float32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return first
 
 
@@ -216,6 +229,8 @@ def _checked(ecg: np.ndarray, sampling_rate: float) -> np.ndarray:
         raise ValueError(f"ecg: expected [B, {len(LEADS)}, {SAMPLES}], 10 s at {SAMPLING_RATE} Hz, got {list(ecg.shape)}")
     if not np.issubdtype(ecg.dtype, np.floating):
         raise ValueError(f"ecg: expected floating point mV, got {ecg.dtype}; subtract the ADC's baseline and divide by its gain first")
+    with np.errstate(over="ignore"):  # 1e39 becomes an infinity
+        ecg = ecg.astype(np.float32, copy=False)
     if not np.isfinite(ecg).all():
         raise ValueError("ecg: expected finite values, got NaN or infinity; sharding.prepare quarantines such records")
-    return ecg.reshape(-1, len(LEADS), SAMPLES).astype(np.float32, copy=False)
+    return ecg.reshape(-1, len(LEADS), SAMPLES)

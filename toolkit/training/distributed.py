@@ -56,7 +56,8 @@ def start() -> Ranks:
 def bf16_is_fast() -> bool:
     """GPUs since Ampere; CPUs with AVX-512 BF16 or AMX (elsewhere bf16 is emulated, slower than fp32)."""
     if get_accelerator().device_name() != "cpu":
-        return get_accelerator().is_bf16_supported()
+        cuda = get_accelerator().device_name() == "cuda"
+        return torch.cuda.is_bf16_supported(including_emulation=False) if cuda else get_accelerator().is_bf16_supported()
     cpuinfo = Path("/proc/cpuinfo")
     return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 

@@ -10,6 +10,7 @@ FORBIDDEN = {
     "scheduler": "the trainers bring warm-up and cosine: use --warmup_steps",
     "activation_checkpointing": "it has no effect on Hugging Face models: use --gradient_checkpointing",
     "fp16": "use --precision bf16 or fp32",
+    "torch_autocast": "use --precision bf16 or fp32",
 }
 
 
@@ -44,7 +45,7 @@ def resolve(path: str, args, world: int, bf16: bool) -> dict:
     if precision.get("enabled", "auto") == "auto":
         precision["enabled"] = bf16
     elif precision["enabled"] != bf16:
-        raise UserError(f"--deepspeed: {path}: bf16.enabled is {precision['enabled']}, --precision gives {bf16}; write \"auto\"")
+        raise UserError(f"--deepspeed: {path}: bf16.enabled is {precision['enabled']}, this run's weights are {'bf16' if bf16 else 'fp32'}; write \"auto\"")
     if stage:  # stage 0 has no such choice
         config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"  # bf16 sums lose small gradients
     left = [f"{k}.{s}" for k, v in config.items() if isinstance(v, dict) for s in v if v[s] == "auto"]

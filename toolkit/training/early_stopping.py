@@ -1,13 +1,16 @@
-"""Early stopping: the best validation so far; its model waits in `best-N/` beside the checkpoints until training ends.
+"""Early stopping: the best validation so far; its model waits in `.best-N/` beside the checkpoints until training ends.
 
-The folder is named by its step, and goes only when a checkpoint knows of a better one: a run that is killed and resumed finds what its
-checkpoint speaks of.
+The folder is named by its step, and goes only when no checkpoint speaks of it any more: a run that is killed and resumed finds its best model,
+also from an older checkpoint.
 """
 
+import json
 import math
 import re
 import shutil
 from pathlib import Path
+
+from toolkit.training.checkpoint import STATE
 
 
 def better(best: dict | None, metrics: dict, watch: str, step: int) -> dict:
@@ -20,13 +23,15 @@ def better(best: dict | None, metrics: dict, watch: str, step: int) -> dict:
 
 
 def path_of(folder: Path, best: dict) -> Path:
-    return folder / f"best-{best['step']}"
+    return folder / f".best-{best['step']}"
 
 
-def sweep(folder: Path, best: dict | None) -> None:
-    """Delete all models but that of `best` (None: all)."""
+def sweep(folder: Path, complete: bool = False) -> None:
+    """Delete the models that no checkpoint speaks of; all if the run is complete."""
+    known = [] if complete else [json.loads(state.read_text()).get("best") for state in folder.glob(f"checkpoint-*/{STATE}")]
+    kept = {path_of(folder, best) for best in known if best}
     for path in folder.iterdir():
-        if re.fullmatch(r"best-\d+", path.name) and (best is None or path != path_of(folder, best)):
+        if re.fullmatch(r"\.best-\d+", path.name) and path not in kept:
             shutil.rmtree(path)
 
 

@@ -57,6 +57,8 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(job.data) / global_batch)
     # what a resumed run must share with its checkpoint: all but what only says when to look, and where
     identity = {name: value for name, value in as_record(args).items() if name not in FREE}
+    if args.early_stopping_patience:  # another validation would judge by another measure, more often or more rarely
+        identity |= {"eval_steps": args.eval_steps, "max_eval_samples": args.max_eval_samples}
     identity |= {**job.identity, "steps": last, "bf16": bf16, "ranks": ranks.world, "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
 
     results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
@@ -67,6 +69,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; resume it with the same, or name a new folder")
     if results:
         if ranks.main:
+            early_stopping.sweep(folder, complete=True)
             print(f"{folder} is complete already: {results['steps']} steps")
         return results
     if ranks.main:
@@ -102,12 +105,6 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
         samples = state["samples"] + global_batch
         if log:
             log.bar.update()
-        if done % args.logging_steps == 0 or done == last:
-            norm = engine.get_global_grad_norm()
-            values = {"loss": interval.loss, "learning_rate": _learning_rate(args, step, last), "grad_norm": None if norm is None else float(norm)}
-            if log:
-                log.line(done, {**values, **interval.speed()})
-            interval = _Interval()
         if args.eval_steps and done % args.eval_steps == 0 and done != last:
             metrics = _evaluate(job, engine, log, done)
             if args.early_stopping_patience:
@@ -115,17 +112,24 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
                 if ranks.main and best["step"] == done:
                     job.export(engine.module, early_stopping.path_of(folder, best))
                 stopped = done - best["step"] >= args.early_stopping_patience * args.eval_steps
+        if done % args.logging_steps == 0 or done == last or stopped:
+            norm = engine.get_global_grad_norm()
+            values = {"loss": interval.loss, "learning_rate": _learning_rate(args, step, last), "grad_norm": None if norm is None else float(norm)}
+            if log:
+                log.line(done, {**values, **interval.speed()})
+            interval = _Interval()
         state = {"step": done, "samples": samples, "seconds": seconds + time.perf_counter() - clock, "identity": identity, "best": best, "stopped": stopped}
         if done % args.save_steps == 0 or done == last or stopped:
             checkpoint.save(engine, folder, state, args.save_total_limit)
             if ranks.main:
-                early_stopping.sweep(folder, best)
+                early_stopping.sweep(folder)
         if stopped:
             break
 
-    final = {"step": state["step"], "metrics": _evaluate(job, engine, log, state["step"])}
-    if best:
-        final = early_stopping.better(best, final["metrics"], job.watch, state["step"])
+    final = best
+    if not stopped:
+        metrics = _evaluate(job, engine, log, state["step"])
+        final = early_stopping.better(best, metrics, job.watch, state["step"]) if best else {"step": state["step"], "metrics": metrics}
     results = {**final["metrics"], "steps": state["step"], "samples": state["samples"], "train_seconds": state["seconds"], "identity": identity}
     if best:
         results["best_step"] = final["step"]
@@ -134,8 +138,8 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             early_stopping.take(folder, best)
         else:
             job.export(engine.module, folder)
-        early_stopping.sweep(folder, None)
         write_text(folder / RESULTS, json.dumps(results, indent=2))
+        early_stopping.sweep(folder, complete=True)
         log.close()
     return results
 
