@@ -57,7 +57,7 @@ class TokenizerArguments(TrainingArguments):
 class Recordings:
     """ECGs of a manifest split, rows (path, start, array); `inputs` are float32 [n, 12, 5000] mV, what is read, and what is to be made of it.
 
-    Read anew each time: under 1 ms an ECG. augment: probabilities of noise, wander and lead dropout, drawn from (seed, epoch, index).
+    Read anew each time: under 1 ms an ECG. augmentations: probabilities of noise, wander and lead dropout, drawn from (seed, epoch, index).
     """
 
     def __init__(self, rows: list[tuple[str, float, str]], qc: str, augmentations: tuple[float, float, float] = (0, 0, 0), seed: int = 0):

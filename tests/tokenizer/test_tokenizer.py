@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.errors import UserError
 from toolkit.tokenizer.fsq import codes_of, ids_of, quantise
@@ -186,6 +187,15 @@ def test_tokens_of_a_causal_tokenizer_never_change(ecgs):
         same = (tokenizer.encode(ecgs[:2])[:, :past] == tokenizer.encode(changed)[:, :past]).all()
         assert same == (kind == "causal"), kind
     assert (untrained(KINDS["causal"]).encode(ecgs[:2])[:, past:] != untrained(KINDS["causal"]).encode(changed)[:, past:]).mean() > 0.5
+
+
+def test_a_training_step_costs_a_fifth_of_heartllms():
+    cost = {}
+    for kind in ("heartspeed", "causal", "heartllm"):
+        with FlopCounterMode(display=False) as counter:
+            ECGTokenizer(KINDS[kind])(torch.randn(1, 12, 5000)).backward()
+        cost[kind] = counter.get_total_flops()
+    assert max(cost["heartspeed"], cost["causal"]) < cost["heartllm"] / 5, cost
 
 
 @pytest.mark.parametrize("config", [c for kind, c in KINDS.items() if kind != "heartllm"])  # 4 M parameters at 500 Hz take too long
