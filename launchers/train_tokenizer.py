@@ -40,13 +40,17 @@ class TokenizerArguments(TrainingArguments):
     augment_noise: float = arg("Probability that muscle, electrode or mains noise is added to an ECG. The target of all three is the ECG without it.", 0.0)
     augment_wander: float = arg("Probability that baseline wander is added to an ECG.", 0.0)
     augment_lead_dropout: float = arg("Probability that one to three leads of an ECG are set to zero.", 0.0)
-    learning_rate: float = arg("Peak learning rate of AdamW.", 2e-3)
+    learning_rate: float | None = arg("Peak learning rate of AdamW. Default: 5e-3 for heartspeed, 2e-3 (the release's) for the others.", None)
     num_train_epochs: float = arg("Passes over the training ECGs.", 5.0)
     per_device_train_batch_size: int = arg("ECGs per rank and micro-batch.", 16)
-    precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 on a GPU that has it, else fp32. Weights, quantiser and validation stay fp32.", "auto")
+    precision: Literal["auto", "bf16", "fp32"] = arg(
+        "auto: bf16 where the processor is fast at it, else fp32. Weights, quantiser and validation are fp32 in any case.", "auto"
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.learning_rate is None:
+            self.learning_rate = 5e-3 if self.arch == "heartspeed" else 2e-3
         if self.gradient_checkpointing:
             raise UserError("--gradient_checkpointing: the tokenizer has none; leave it out")
         for name in AUGMENTATIONS:
@@ -96,8 +100,7 @@ def main() -> None:
     ranks = start()
     torch.manual_seed(args.seed)
     model, valid = ECGTokenizer(config), splits["valid"]
-    on_gpu = ranks.device.type != "cpu"  # a CPU's backward pass gains nothing from bf16
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and on_gpu and bf16_is_fast())
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast())
 
     def loss(engine, inputs):
         ecgs, targets = (x.to(ranks.device) for x in inputs)

@@ -39,7 +39,7 @@ def line(tmp_path_factory):
     check(run(*python, "toolkit.ecg.synthetic", "--out", data, "--records", 60, "--seed", 1))
     check(run(*python, "sharding.prepare", "ptbxl", "--root", data / "ptbxl", "--out", manifest))
     check(deepspeed("launchers/train_tokenizer.py", *zero[1], "--manifest", manifest, "--output_dir", tokenizer, "--max_steps", 3,
-                    "--per_device_train_batch_size", 2, "--max_eval_samples", 4))  # fmt: skip
+                    "--per_device_train_batch_size", 2, "--max_eval_samples", 4, "--precision", "fp32"))  # fmt: skip
     check(run(*python, "sharding.shard", "--manifest", manifest, "--tokenizer", tokenizer, "--out", shards, "--shard_size", 20))
     check(run(*python, "sharding.shard_tasks", "ecgqa", "--qa", data / "ecgqa", "--shards", shards, "--out", tasks))
     check(run(*python, "sharding.shard_tasks", "reports", "--shards", shards, "--out", tasks))

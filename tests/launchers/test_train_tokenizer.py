@@ -25,7 +25,7 @@ def again(line, out, stage: int, *more) -> list:
     config = out.parent / f"zero{stage}.json"
     config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return ["launchers/train_tokenizer.py", "--deepspeed", config, "--manifest", line / "manifest", "--output_dir", out, "--max_steps", 3,
-            "--per_device_train_batch_size", 2, "--max_eval_samples", 4, "--logging_steps", 1, *more]  # fmt: skip
+            "--per_device_train_batch_size", 2, "--max_eval_samples", 4, "--logging_steps", 1, "--precision", "fp32", *more]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (2, 2)])

@@ -28,6 +28,15 @@ def small(tied: bool, bos: bool):
     return LlamaForCausalLM(config).eval(), tokenizer
 
 
+def assert_plain_transformers_load(model, tokenizer, ids, vocabulary, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    again, words = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    x = torch.from_numpy(ids)[None]
+    torch.testing.assert_close(again(input_ids=x).logits, model(input_ids=x).logits)
+    assert ecg_vocabulary(words) == vocabulary
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bos", [True, False])
 def test_extension_keeps_text_and_adds_1298_real_tokens(tied, bos, tmp_path):
@@ -46,13 +55,7 @@ def test_extension_keeps_text_and_adds_1298_real_tokens(tied, bos, tmp_path):
     assert ids.tolist() == [2] * bos + [6, 8, 1303, 7]
     group = forecast_group(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16))
     assert group.prefix.target.tolist() == [False] * bos + [False, True, True, False]
-
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    x = torch.from_numpy(ids)[None]
-    torch.testing.assert_close(again(input_ids=x).logits, model(input_ids=x).logits)
-    assert ecg_vocabulary(words) == vocabulary
+    assert_plain_transformers_load(model, tokenizer, ids, vocabulary, tmp_path)
 
 
 def test_neighbouring_codes_start_close_to_each_other():
@@ -100,13 +103,7 @@ def test_gain_tokens_are_real_ordered_and_kept(tied, tmp_path):
     target = forecast_group(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16), gains).prefix.target
     assert ids[target].tolist() == [8, 1303]  # known inputs are no targets
     assert tokenizer.decode(ids, skip_special_tokens=True).strip() == ""
-
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again, words = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
-    x = torch.from_numpy(ids)[None]
-    torch.testing.assert_close(again(input_ids=x).logits, model(input_ids=x).logits)
-    assert ecg_vocabulary(words) == vocabulary
+    assert_plain_transformers_load(model, tokenizer, ids, vocabulary, tmp_path)
 
 
 def test_gain_tokens_are_added_to_a_model_that_knows_ecg_tokens():
