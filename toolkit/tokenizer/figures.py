@@ -54,7 +54,7 @@ def draw_overview(path: str | os.PathLike, counts: np.ndarray, bands: dict[str, 
     axes[1].axhline(100, color=INK, linewidth=0.8, linestyle=":")
     axes[1].set_xticks(range(len(shares)), [name.removesuffix(" Hz") for name in bands], fontsize=8)
     _label(axes[1], "error in each band", "Hz (none: the originals have nothing there)", "error energy / original's, %")
-    axes[1].set(yscale="log")  # a band with little energy would flatten the others
+    axes[1].set(yscale="log", ylim=(1, None))  # a band with little energy would flatten the others
 
     if noise:
         for kind, colour, marker in zip(dict.fromkeys(row["noise"] for row in noise if row["snr_db"] is not None), COLOURS, MARKERS):
