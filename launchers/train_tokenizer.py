@@ -73,10 +73,10 @@ class Recordings:
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
         ecgs = [self._read(i) for _, i in samples]
         tokens = len(ecgs) * ECGTokenizer.tokens_per_ecg
-        target = torch.from_numpy(np.stack(ecgs))
+        read = target = torch.from_numpy(np.stack(ecgs))
         if any(self.augmentations):
-            ecgs = [augment(ecg, *self.augmentations, np.random.default_rng([self.seed, *sample])) for ecg, sample in zip(ecgs, samples)]
-        read = torch.from_numpy(np.stack(ecgs)) if any(self.augmentations) else target
+            views = [augment(ecg, *self.augmentations, np.random.default_rng([self.seed, *sample])) for ecg, sample in zip(ecgs, samples)]
+            read = torch.from_numpy(np.stack(views))
         return MicroBatch((read, target), targets=len(ecgs), tokens=tokens, ecgs=len(ecgs))
 
     def _read(self, i: int) -> np.ndarray:

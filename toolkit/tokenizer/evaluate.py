@@ -50,6 +50,7 @@ NOISE_CONVENTION = (
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, `out` filled in. Raises UserError naming one that cannot be."""
     parser = argparse.ArgumentParser("python -m toolkit.tokenizer.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py")
     parser.add_argument("--manifest", required=True, type=Path, help="folder written by `python -m sharding.prepare`")

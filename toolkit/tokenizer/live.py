@@ -49,6 +49,7 @@ STEPS_A_MS, LONGEST_MS = 10, 10_000
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments. Raises UserError naming one that cannot be."""
     parser = argparse.ArgumentParser("python -m toolkit.tokenizer.streaming", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", required=True, type=Path, help="folder written by launchers/train_tokenizer.py --causal true")
     parser.add_argument("--record", required=True, help="WFDB record without extension, or the .npy or .mat that --array describes")
@@ -211,6 +212,7 @@ def missing(gaps: np.ndarray) -> str:
 
 @exit_2_on_user_error
 def main(argv: list[str] | None = None) -> None:
+    """Show a record live; exits with 130 on Ctrl-C, after the summary."""
     args = parse(argv)
     torch.set_num_threads(1)  # a second thread gains nothing on 15 tokens
     stream = StreamingTokenizer(ECGTokenizer.from_pretrained(args.tokenizer))

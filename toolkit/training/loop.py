@@ -126,14 +126,19 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
         if stopped:
             break
 
-    final = best
-    if not stopped:
+    return _finish(job, engine, log, folder, state)
+
+
+def _finish(job: Job, engine, log: RunLog | None, folder: Path, state: dict) -> dict:
+    """Collective. The last validation, the exported model (with early stopping the best one) and train_results.json, which it returns."""
+    final = best = state.get("best")
+    if not state.get("stopped"):  # else it was validated when it stopped
         metrics = _evaluate(job, engine, log, state["step"])
         final = early_stopping.better(best, metrics, job.watch, state["step"]) if best else {"step": state["step"], "metrics": metrics}
-    results = {**final["metrics"], "steps": state["step"], "samples": state["samples"], "train_seconds": state["seconds"], "identity": identity}
+    results = {**final["metrics"], "steps": state["step"], "samples": state["samples"], "train_seconds": state["seconds"], "identity": state["identity"]}
     if best:
         results["best_step"] = final["step"]
-    if ranks.main:
+    if log:
         if final is best:
             early_stopping.take(folder, best)
         else:
