@@ -20,7 +20,7 @@ from toolkit.files import digest
 from toolkit.lm import attention
 from toolkit.lm.backbone import check_stamp, load_backbone, save_stamp
 from toolkit.lm.lora import add_lora, save_adapter
-from toolkit.lm.model import packed_loss
+from toolkit.lm.model import PackedLM
 from toolkit.lm.vocabulary import ecg_vocabulary
 from toolkit.tasks.data import TaskData
 from toolkit.tasks.prompts import question_text, reference_text
@@ -59,7 +59,6 @@ def main() -> None:
     if args.gain_text and vocabulary.gain_first is not None:
         raise UserError(f"--gain_text: {args.backbone} has gain tokens, which say the same; leave it out")
     ranks = start()
-    attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(args.seed)
@@ -71,25 +70,25 @@ def main() -> None:
     data, valid = (TaskData(s, tokenizer, vocabulary, args.tasks_per_ecg, args.seed) for s in (shards, valid_shards))
 
     def loss(engine, row):
-        return packed_loss(engine, row, ranks.device)
+        return engine(row)
 
     def evaluate(engine) -> dict:
         return {"eval_loss": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
 
     def sample(engine) -> str:
         meta = valid_shards.meta(0)
-        with attention.plain_attention(engine.module) as plain:
+        with attention.plain_attention(engine.module.lm) as plain:
             answers = answer_tasks(plain, tokenizer, vocabulary, [(valid_shards.ids(0), meta["gains"], meta["tasks"])], 64, ranks.device)[0]
         lines = [f"{question_text(t)} {given} (reference: {reference_text(t)})" for t, given in zip(meta["tasks"], answers)]
         return "\n\n".join(lines)
 
     def export(module, folder: Path) -> None:
-        save_adapter(module, folder)
+        save_adapter(module.lm, folder)
         tokenizer.save_pretrained(folder)
         save_stamp(folder, shards.index, knows_text=True, gain_text=args.gain_text)
 
     identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": digest(Path(backbone) / RESULTS)}
-    train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "instruct")
+    train(args, Job(PackedLM(model), data, loss, evaluate, export, identity, sample), ranks, "instruct")
 
 
 if __name__ == "__main__":

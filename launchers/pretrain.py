@@ -18,7 +18,7 @@ import torch
 
 from toolkit.lm import attention
 from toolkit.lm.backbone import STAMP, check_stamp, load_backbone, save_stamp
-from toolkit.lm.model import packed_loss
+from toolkit.lm.model import PackedLM
 from toolkit.lm.vocabulary import extend
 from toolkit.shards.statistics import unigram_entropy
 from toolkit.tasks.data import ForecastData
@@ -59,7 +59,6 @@ def main() -> None:
     if args.learning_rate is None:
         args.learning_rate = 0.25 / model.config.hidden_size
     vocabulary = extend(model, tokenizer, shards.index["levels"], args.seed, knows_text, args.gain_tokens)
-    attention.use_packed_attention(model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text)
@@ -67,7 +66,7 @@ def main() -> None:
     unigram = unigram_entropy(shards, valid_shards, fixed_subset(len(valid), args.max_eval_samples), vocabulary.codes)
 
     def loss(engine, row):
-        return packed_loss(engine, row, ranks.device)
+        return engine(row)
 
     def evaluate(engine) -> dict:
         nats = mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)
@@ -76,18 +75,18 @@ def main() -> None:
     @torch.no_grad()
     def sample(engine) -> str:
         ids = prefix_ids(tokenizer, vocabulary, valid_shards.ids(0), valid_shards.meta(0)["gains"])
-        with attention.plain_attention(engine.module) as plain:
+        with attention.plain_attention(engine.module.lm) as plain:
             given = torch.from_numpy(ids[:SHOWN])[None].to(ranks.device)
             made = plain.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=CONTINUED, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         return f"true: {tokenizer.decode(ids[SHOWN:SHOWN + CONTINUED])}\n\npredicted: {tokenizer.decode(made[0, SHOWN:])}"
 
     def export(module, folder: Path) -> None:
-        module.save_pretrained(folder)
+        module.lm.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_stamp(folder, shards.index, knows_text)
 
     identity = {"shards digest": shards.digest, "skipped shards": skipped}
-    train(args, Job(model, data, loss, evaluate, export, identity, sample), ranks, "pretrain")
+    train(args, Job(PackedLM(model), data, loss, evaluate, export, identity, sample), ranks, "pretrain")
 
 
 if __name__ == "__main__":

@@ -64,11 +64,14 @@ class Recordings:
     Read anew each time: under 1 ms an ECG. augmentations: probabilities of noise, wander and lead dropout, drawn from (seed, epoch, index).
     """
 
-    def __init__(self, rows: list[tuple[str, float, str]], qc: str, augmentations: tuple[float, float, float] = (0, 0, 0), seed: int = 0):
-        self.rows, self.qc, self.augmentations, self.seed = rows, qc, augmentations, seed
+    def __init__(self, keys: list[str], rows: list[tuple[str, float, str]], qc: str, augmentations: tuple[float, float, float] = (0, 0, 0), seed: int = 0):
+        self.keys, self.rows, self.qc, self.augmentations, self.seed = keys, rows, qc, augmentations, seed
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def key(self, index: int) -> str:
+        return self.keys[index]
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
         ecgs = [self._read(i) for _, i in samples]
@@ -94,7 +97,7 @@ def main() -> None:
     for name in ("train", "valid"):
         rows = manifest[manifest["split"] == name].sort_values("key")
         augmentations = tuple(getattr(args, a) for a in AUGMENTATIONS) if name == "train" else (0, 0, 0)
-        splits[name] = Recordings(list(zip(rows["path"], rows["start"], rows["array"])), qc, augmentations, args.seed)
+        splits[name] = Recordings(list(rows["key"]), list(zip(rows["path"], rows["start"], rows["array"])), qc, augmentations, args.seed)
         if not len(rows):
             raise UserError(f"--manifest: {args.manifest} has no ECG in split {name}")
     ranks = start()

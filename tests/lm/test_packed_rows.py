@@ -7,7 +7,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCau
 
 from toolkit.errors import UserError
 from toolkit.lm import attention
-from toolkit.lm.model import packed_logits, packed_loss
+from toolkit.lm.model import PackedLM
 from toolkit.shards.packing import Group, Sequence, pack
 
 SHAPE = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
@@ -56,7 +56,7 @@ def one_by_one(model, groups):
 def test_logits_equal_those_of_each_sequence_alone(model, branches):
     groups = make_groups(branches)
     with torch.no_grad():
-        difference = packed_logits(model, pack(groups), "cpu") - one_by_one(model, groups)
+        difference = PackedLM(model)(pack(groups), logits=True) - one_by_one(model, groups)
     assert difference.abs().max() < 1e-5
 
 
@@ -70,7 +70,7 @@ def test_loss_and_gradients_equal_those_of_each_sequence_alone(model, checkpoint
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-    packed_loss(model, row, "cpu").backward()
+    PackedLM(model)(row).backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_disable()
@@ -83,9 +83,9 @@ def test_another_group_or_branch_is_never_seen(model):
     """Changing one branch moves no logit of any other."""
     groups = make_groups(True)
     with torch.no_grad():
-        before = packed_logits(model, pack(groups), "cpu")
+        before = PackedLM(model)(pack(groups), logits=True)
         groups[1].branches[1].ids[:] = (groups[1].branches[1].ids + 1) % 97
-        after = packed_logits(model, pack(groups), "cpu")
+        after = PackedLM(model)(pack(groups), logits=True)
     counts = [int(s.target.sum()) for g in groups for s in (g.prefix, *g.branches)]
     changed = [bool((b != a).any()) for b, a in zip(before.split(counts), after.split(counts))]
     assert changed == [False] * 6 + [True] + [False] * 5
@@ -101,7 +101,7 @@ def test_a_sliding_window_shorter_than_a_sequence_is_refused():
     windowed = MistralForCausalLM(MistralConfig(num_key_value_heads=4, sliding_window=16, **SHAPE))
     attention.use_packed_attention(windowed)
     with pytest.raises(ValueError, match="sliding window"):
-        packed_logits(windowed, pack(make_groups(False)), "cpu")
+        PackedLM(windowed)(pack(make_groups(False)))
 
 
 def test_packed_attention_without_a_layout_is_an_error(model):

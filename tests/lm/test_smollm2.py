@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from toolkit.lm import attention
 from toolkit.lm.backbone import SMOLLM2_WHEEL, load_backbone
-from toolkit.lm.model import packed_logits
+from toolkit.lm.model import PackedLM
 from toolkit.lm.vocabulary import extend
 from toolkit.shards.packing import pack
 from toolkit.tasks.prompts import task_group
@@ -39,8 +39,8 @@ def test_smollm2_speaks_and_takes_the_ecg_vocabulary(tmp_path, monkeypatch):
     sample = np.arange(313, dtype=np.uint16)[None], [np.geomspace(0.02, 2, 12)]
     row = pack([task_group(tokenizer, vocabulary, *sample, tasks)])
     with torch.no_grad():
-        both = packed_logits(model, row, "cpu")
-        alone = [packed_logits(model, pack([task_group(tokenizer, vocabulary, *sample, [t])]), "cpu") for t in tasks]
+        both = PackedLM(model)(row, logits=True)
+        alone = [PackedLM(model)(pack([task_group(tokenizer, vocabulary, *sample, [t])]), logits=True) for t in tasks]
     assert (both - torch.cat(alone)).abs().max() < 1e-3  # 30 layers in float32, logits of 20
 
     model.save_pretrained(tmp_path / "saved")

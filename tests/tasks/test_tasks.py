@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import UserError
-from toolkit.lm.model import packed_logits
+from toolkit.lm.model import PackedLM
 from toolkit.shards.order import sample_at
 from toolkit.shards.reader import Shards
 from toolkit.shards.writer import write_index, write_split
@@ -90,7 +90,7 @@ def test_gains_stand_once_before_all_tasks_and_are_no_targets(tiny_with_gains, s
                for i, row in enumerate(rows))  # fmt: skip
     both = data.batch([(0, 0), (0, 1)])
     with torch.no_grad():
-        difference = packed_logits(model, both.inputs, "cpu") - torch.cat([packed_logits(model, row.inputs, "cpu") for row in rows])
+        difference = PackedLM(model)(both.inputs, logits=True) - torch.cat([PackedLM(model)(row.inputs, logits=True) for row in rows])
     assert difference.abs().max() < 1e-4
 
 

@@ -23,9 +23,11 @@ class MicroBatch:
 
 
 class Data(Protocol):
-    """`len()` is the number of training samples; `batch` makes a micro-batch of some of them, given as (epoch, index)."""
+    """`len()` is the number of training samples; `batch` makes a micro-batch of some of them, given as (epoch, index); `key` names one."""
 
     def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch: ...
 

@@ -18,6 +18,9 @@ class ForecastData:
     def __len__(self) -> int:
         return len(self.shards)
 
+    def key(self, index: int) -> str:
+        return self.shards.key(index)
+
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
         groups = []
         for _, i in samples:
@@ -37,6 +40,9 @@ class TaskData:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    def key(self, index: int) -> str:
+        return self.shards.key(index)
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
         groups = []
