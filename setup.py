@@ -32,8 +32,10 @@ setup(
         "matplotlib>=3.9",
         "pillow>=10",
         "jinja2>=3.1",
+        "pyyaml>=6",  # recipes
+        "pydantic>=2",  # deepspeed's own checks of a configuration
         "sacrebleu>=2.4,<3",
         "rouge-score>=0.1.2",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"], "gpu": ["liger-kernel>=0.8"]},
 )

@@ -16,28 +16,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from toolkit.lm import attention
+from toolkit.errors import UserError
+from toolkit.evaluation.cards import tokenizer_of
+from toolkit.lm import kernels
 from toolkit.lm.backbone import STAMP, check_stamp, load_backbone, save_stamp
+from toolkit.lm.checkpointing import checkpoint_layers
+from toolkit.lm.flops import row_flops
 from toolkit.lm.model import PackedLM
-from toolkit.lm.vocabulary import extend
-from toolkit.shards.statistics import unigram_entropy
+from toolkit.lm.show import look
+from toolkit.lm.trainable import choose_trainable, merged_state
+from toolkit.lm.vocabulary import ecg_vocabulary, extend
+from toolkit.shards.statistics import bigram_entropy, unigram_entropy
 from toolkit.tasks.data import ForecastData
-from toolkit.tasks.prompts import prefix_ids
-from toolkit.training.arguments import TrainingArguments, arg, parse
+from toolkit.training.arguments import LanguageModelArguments, arg, parse
 from toolkit.training.distributed import launcher, start
 from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, open_shards
 from toolkit.training.validation import fixed_subset, mean_loss
+from toolkit.training.zero3 import place_backbone, whole_state
 
 WORDS = Path(__file__).resolve().parents[1] / "toolkit" / "lm" / "clinical_words.txt"
 CORPUS = 50_000  # ECGs whose reports train the BPE of `tiny`
-SHOWN, CONTINUED = 100, 24  # tokens given and predicted in the sample shown in TensorBoard
 
 
 @dataclass(kw_only=True)
-class PretrainArguments(TrainingShardArguments, TrainingArguments):
+class PretrainArguments(TrainingShardArguments, LanguageModelArguments):
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
     shards: str = arg("Token shards written by `python -m sharding.shard`: a folder, or the URL of one (s3://, gs://, https://, ...).")
+    objective: Literal["causal", "windows"] = arg(
+        "causal: predict every ECG token. windows: as the authors' release, the steps after five windows of each ECG, 58 tokens.", "causal"
+    )
+    train: Literal["full", "new_rows", "lora+norms+embeddings"] = arg(
+        "What is trained. new_rows: the ECG tokens' rows of embedding and head alone. lora+norms+embeddings: as the authors' release, rank 64.", "full"
+    )
+    head: Literal["full", "ecg"] = arg("Tokens the softmax is over: the whole vocabulary (exact), or the ECG tokens alone (faster).", "full")
+    seq_len: int = arg("Tokens per row; a row holds as many whole ECGs as fit (13 in 4096), which do not see each other.", 4096)
+    per_device_train_batch_size: int = arg("Rows per rank and micro-batch.", 1)
     report_targets: Literal["auto", "yes", "no"] = arg("Predict each ECG's report after it as well. auto: if the backbone never saw text (tiny).", "auto")
     gain_tokens: bool = arg("Put 12 tokens before each ECG that say its leads' amplitudes. A backbone that has such tokens goes on with them.", False)
     learning_rate: float | None = arg("Peak learning rate. Default 0.25 / hidden size: 1e-3 for tiny, 4e-4 for smollm2, 8e-5 for Llama-3.2-3B.", None)
@@ -48,45 +62,59 @@ def main() -> None:
     (shards, valid_shards), skipped = open_shards(args, ["train", "valid"], "tokens")
     # going on from a model that knows ECG tokens already: they must be these
     stamp = check_stamp(args.backbone, shards.index, "--backbone") if (Path(args.backbone) / STAMP).is_file() else None
+    knows_text = stamp["knows_text"] if stamp else args.backbone != "tiny"
+    reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text and args.objective == "causal" and args.head == "full")
+    if reports and args.head == "ecg":
+        raise UserError("--head ecg: its softmax knows no words; leave out --report_targets yes")
+    if args.train == "new_rows" and args.weight_decay:
+        raise UserError("--weight_decay: with --train new_rows it would move the rows that are not trained; leave it at 0")
     ranks = start()
 
     def corpus():
         yield from WORDS.read_text().splitlines() * 20
         yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
 
-    knows_text = stamp["knows_text"] if stamp else args.backbone != "tiny"
-    model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
+    def make():
+        model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
+        extend(model, tokenizer, shards.index["levels"], args.seed, knows_text, args.gain_tokens)
+        return model, tokenizer
+
+    model, tokenizer = place_backbone(make, args, ranks)
+    vocabulary, hidden_size = ecg_vocabulary(tokenizer), model.config.hidden_size
     if args.learning_rate is None:
-        args.learning_rate = 0.25 / model.config.hidden_size
-    vocabulary = extend(model, tokenizer, shards.index["levels"], args.seed, knows_text, args.gain_tokens)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text)
-    data, valid = ForecastData(shards, tokenizer, vocabulary, reports), ForecastData(valid_shards, tokenizer, vocabulary)
-    unigram = unigram_entropy(shards, valid_shards, fixed_subset(len(valid), args.max_eval_samples), vocabulary.codes)
+        args.learning_rate = 0.25 / hidden_size
+    torch.manual_seed(args.seed)  # LoRA's first weights, the same on all ranks
+    lm = choose_trainable(model, vocabulary, args.train)
+    checkpoint_layers(lm, args.gradient_checkpointing)
+    if args.compile:
+        kernels.compile_layers(lm)
+    head_rows = vocabulary.code_rows if args.head == "ecg" else None
+    packed = PackedLM(lm, kernels.apply(lm, args.kernels, ranks.device), head_rows)
+    data = ForecastData(shards, tokenizer, vocabulary, reports, args.objective, args.seq_len, args.seed)
+    valid = ForecastData(valid_shards, tokenizer, vocabulary)
+    chosen = fixed_subset(len(valid), args.max_eval_samples)
+    entropies = {name: f(shards, valid_shards, chosen, vocabulary.codes) for name, f in (("unigram", unigram_entropy), ("bigram", bigram_entropy))}
+    ecg_tokenizer = tokenizer_of(valid_shards) if "tokenizer_files" in shards.index else None
 
     def loss(engine, row):
         return engine(row)
 
     def evaluate(engine) -> dict:
-        nats = mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)
-        return {"eval_loss": nats, "eval_perplexity": math.exp(nats), "unigram_perplexity": math.exp(unigram)}
+        nats = mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size * data.samples_per_row)
+        return {"eval_loss": nats, "eval_perplexity": math.exp(nats), **{f"{name}_perplexity": math.exp(value) for name, value in entropies.items()}}
 
-    @torch.no_grad()
-    def sample(engine) -> str:
-        ids = prefix_ids(tokenizer, vocabulary, valid_shards.ids(0), valid_shards.meta(0)["gains"])
-        with attention.plain_attention(engine.module.lm) as plain:
-            given = torch.from_numpy(ids[:SHOWN])[None].to(ranks.device)
-            made = plain.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=CONTINUED, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        return f"true: {tokenizer.decode(ids[SHOWN:SHOWN + CONTINUED])}\n\npredicted: {tokenizer.decode(made[0, SHOWN:])}"
+    def show(engine):
+        return look(engine, tokenizer, vocabulary, valid_shards, ecg_tokenizer)
 
-    def export(module, folder: Path) -> None:
-        module.lm.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_stamp(folder, shards.index, knows_text)
+    def export(module: PackedLM, folder: Path) -> None:
+        state = whole_state(module.lm, ranks)
+        if ranks.main:
+            model.save_pretrained(folder, state_dict=merged_state(state, module.lm))
+            tokenizer.save_pretrained(folder)
+            save_stamp(folder, shards.index, knows_text)
 
-    identity = {"shards digest": shards.digest, "skipped shards": skipped}
-    train(args, Job(PackedLM(model), data, loss, evaluate, export, identity, sample), ranks, "pretrain")
+    identity, flops = {"shards digest": shards.digest, "skipped shards": skipped}, row_flops(lm, head_rows and len(head_rows))
+    train(args, Job(packed, data, loss, evaluate, export, identity, show, flops, hidden_size), ranks, "pretrain")
 
 
 if __name__ == "__main__":

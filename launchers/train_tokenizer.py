@@ -23,8 +23,9 @@ from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError
 from toolkit.shards.order import MicroBatch
 from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
+from toolkit.training import ds_config
 from toolkit.training.arguments import TrainingArguments, arg, parse
-from toolkit.training.distributed import bf16_is_fast, launcher, start
+from toolkit.training.distributed import launcher, start, wants_bf16
 from toolkit.training.loop import Job, train
 from toolkit.training.validation import mean_loss
 
@@ -51,8 +52,6 @@ class TokenizerArguments(TrainingArguments):
         super().__post_init__()
         if self.learning_rate is None:
             self.learning_rate = 5e-3 if self.arch == "heartspeed" else 2e-3
-        if self.gradient_checkpointing:
-            raise UserError("--gradient_checkpointing: the tokenizer has none; leave it out")
         for name in AUGMENTATIONS:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name}: must be a probability from 0 to 1, not {getattr(self, name)}")
@@ -63,6 +62,8 @@ class Recordings:
 
     Read anew each time: under 1 ms an ECG. augmentations: probabilities of noise, wander and lead dropout, drawn from (seed, epoch, index).
     """
+
+    samples_per_row = 1
 
     def __init__(self, keys: list[str], rows: list[tuple[str, float, str]], qc: str, augmentations: tuple[float, float, float] = (0, 0, 0), seed: int = 0):
         self.keys, self.rows, self.qc, self.augmentations, self.seed = keys, rows, qc, augmentations, seed
@@ -91,6 +92,8 @@ class Recordings:
 
 def main() -> None:
     args = parse(TokenizerArguments, __doc__)
+    if ds_config.read(args.deepspeed)["zero_optimization"]["stage"] == 3:
+        raise UserError(f"--deepspeed: {args.deepspeed} has ZeRO stage 3, which such a small model has no use for; use ds_configs/zero1.json")
     config = TokenizerConfig(args.arch, args.levels, args.causal)
     manifest = read_manifest(args.manifest)
     qc, splits = read_summary(args.manifest)["arguments"]["qc"], {}
@@ -103,7 +106,7 @@ def main() -> None:
     ranks = start()
     torch.manual_seed(args.seed)
     model, valid = ECGTokenizer(config), splits["valid"]
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast())
+    bf16 = wants_bf16(args)
 
     def loss(engine, inputs):
         ecgs, targets = (x.to(ranks.device) for x in inputs)
@@ -113,7 +116,8 @@ def main() -> None:
         return {"eval_mse": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
 
     def export(module: ECGTokenizer, folder: Path) -> None:
-        module.save_pretrained(folder)
+        if ranks.main:
+            module.save_pretrained(folder)
 
     identity = {"manifest digest": read_summary(args.manifest)["digest"], "autocast": bf16}
     train(args, Job(model, splits["train"], loss, evaluate, export, identity, bf16=False, watch="eval_mse"), ranks, "tokenizer")

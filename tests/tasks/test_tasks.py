@@ -70,7 +70,7 @@ def test_task_data_draws_the_same_tasks_for_the_same_place(tiny, shards):
 def test_counts_of_a_micro_batch(tiny, shards):
     _, tokenizer, vocabulary = tiny
     batch = ForecastData(shards, tokenizer, vocabulary).batch([(0, 0), (0, 1)])
-    assert (batch.ecgs, batch.targets, batch.tokens) == (2, 2 * 313, 2 * 316)
+    assert (batch.ecgs, batch.targets, batch.tokens) == (2, 2 * 313, 2 * 315)  # without an end token
 
 
 @pytest.mark.parametrize("how", [{}, {"gain_first": None, "gain_text": True}])
@@ -97,9 +97,52 @@ def test_gains_stand_once_before_all_tasks_and_are_no_targets(tiny_with_gains, s
 def test_pretraining_predicts_the_same_tokens_with_gains_before_them(tiny_with_gains, shards):
     _, tokenizer, vocabulary = tiny_with_gains
     one, two = (ForecastData(shards, tokenizer, v).batch([(0, 3)]) for v in (vocabulary, replace(vocabulary, gain_first=None)))
-    assert (one.tokens, two.tokens) == (328, 316)
+    assert (one.tokens, two.tokens) == (327, 315)
     np.testing.assert_array_equal(one.inputs.targets, two.inputs.targets)
     np.testing.assert_array_equal(one.inputs.targets - vocabulary.first, CODES[0])
+
+
+def token_shards(folder, reports, n_tokens=313):
+    rng = np.random.default_rng(0)
+    samples = [(f"k{i}", rng.integers(0, 1296, (1, n_tokens), np.uint16), {"report": r, "gains": [[0.1] * 12]}) for i, r in enumerate(reports)]
+    write_index(folder, {"train": write_split(folder, "train", samples, 9)}, kind="tokens")
+    return Shards.open(folder, "train")
+
+
+def test_rows_of_seq_len_hold_whole_ecgs_and_are_full(tiny, tiny_with_gains, tmp_path):
+    _, tokenizer, vocabulary = tiny
+    shards = token_shards(tmp_path, [""] * 20)
+    data = ForecastData(shards, tokenizer, vocabulary, seq_len=4096)
+    assert data.samples_per_row == 13 and ForecastData(shards, tokenizer, vocabulary).samples_per_row == 1
+    rows = [data.batch([sample_at(0, len(data), 13 * row + k) for k in range(13)]) for row in range(64)]
+    assert all(len(row.inputs.layout) == row.ecgs == 13 and row.targets == 13 * 313 for row in rows)
+    assert sum(row.tokens for row in rows) / (64 * 4096) > 0.98
+    assert ForecastData(shards, tokenizer, tiny_with_gains[2], seq_len=4096).samples_per_row == 12
+    for objective, least in (("causal", 315), ("windows", 615)):
+        assert ForecastData(shards, tokenizer, vocabulary, objective=objective, seq_len=least).samples_per_row == 1
+        with pytest.raises(UserError, match=f"--seq_len {least - 1} is too short .* use at least {least}"):
+            ForecastData(shards, tokenizer, vocabulary, objective=objective, seq_len=least - 1)
+
+
+def test_rows_with_reports_never_exceed_seq_len(tiny, tmp_path, monkeypatch):
+    """Room for every report where the longest was measured, a cut one where it was not."""
+    _, tokenizer, vocabulary = tiny
+    shards = token_shards(tmp_path, ["normal ecg.", "sinus rhythm. normal ecg. " * 9, "", "sinus rhythm."])
+    lengths = [len(branch(tokenizer, {"task": "report", "report": shards.meta(i)["report"]}).ids) for i in range(4)]
+    whole = ForecastData(shards, tokenizer, vocabulary, reports=True, seq_len=2 * (316 + lengths[1]))
+    assert (whole.samples_per_row, whole.report_room, whole.cut_reports) == (2, lengths[1], 0)
+    assert [whole.batch([(0, i)]).tokens for i in range(4)] == [316 + lengths[0], 316 + lengths[1], 315, 316 + lengths[3]]
+    with pytest.raises(UserError, match=f"use at least {316 + lengths[1]}"):
+        ForecastData(shards, tokenizer, vocabulary, reports=True, seq_len=315 + lengths[1])
+
+    monkeypatch.setattr("toolkit.tasks.data.MEASURED", 2)  # samples 0 and 2
+    short = ForecastData(shards, tokenizer, vocabulary, reports=True, seq_len=2 * (316 + lengths[0]))
+    cut, full = short.batch([(0, 1)]).inputs, whole.batch([(0, 1)]).inputs
+    assert (short.report_room, short.samples_per_row, short.cut_reports) == (lengths[0], 2, 1)
+    np.testing.assert_array_equal(cut.input_ids, full.input_ids[: 316 + lengths[0]])
+    np.testing.assert_array_equal(cut.targets, full.targets[: len(cut.targets)])
+    assert cut.targets[-1] != tokenizer.eos_token_id
+    assert all(short.batch([(0, i), (0, 1)]).tokens <= 2 * (316 + lengths[0]) for i in range(4))
 
 
 def rows(**changes):

@@ -9,7 +9,6 @@ import torch
 from toolkit.errors import UserError
 from toolkit.training import checkpoint, ds_config
 from toolkit.training.arguments import TrainingArguments, parse
-from toolkit.training.log import RunLog
 from toolkit.training.loop import _learning_rate, _prefetch, _seed_step
 
 
@@ -81,21 +80,6 @@ def test_an_unknown_argument_exits_with_2(capsys):
     with pytest.raises(SystemExit) as exit:
         parse(TrainingArguments, "", ["--output_dir", "x", "--deepspeed", "y", "--learning_rat", "1"])
     assert exit.value.code == 2 and "--learning_rat" in capsys.readouterr().err
-
-
-def test_the_log_forgets_what_a_killed_run_logged_after_its_checkpoint(tmp_path):
-    log = RunLog(tmp_path, 0, 9, "x")
-    for step in (1, 2, 3):
-        log.line(step, {"loss": float(step), "grad_norm": None})
-    log.close()
-    with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"step": 4')
-    log = RunLog(tmp_path, 2, 9, "x")
-    log.line(3, {"loss": 30.0})
-    log.close()
-    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
-        {"step": 1, "loss": 1.0, "grad_norm": None}, {"step": 2, "loss": 2.0, "grad_norm": None}, {"step": 3, "loss": 30.0},
-    ]  # fmt: skip
 
 
 def test_a_pointer_that_leads_nowhere_is_named(tmp_path):

@@ -23,7 +23,12 @@ class MicroBatch:
 
 
 class Data(Protocol):
-    """`len()` is the number of training samples; `batch` makes a micro-batch of some of them, given as (epoch, index); `key` names one."""
+    """`len()` is the number of training samples; `batch` makes a micro-batch of some of them, given as (epoch, index); `key` names one.
+
+    samples_per_row: a micro-batch has `per_device_train_batch_size` rows of so many samples.
+    """
+
+    samples_per_row: int
 
     def __len__(self) -> int: ...
 

@@ -1,19 +1,49 @@
-"""Micro-batches for the language model: ECGs to forecast, or ECGs with their questions and reports."""
+"""Micro-batches for the language model: ECGs to forecast, or ECGs with their questions and reports.
+
+A micro-batch is one padding-free row, in which attention never crosses ECGs. For pretraining its size is counted in rows of `--seq_len`
+tokens: each stands for the same number of whole ECGs, `samples_per_row`, so that the place in the data stays arithmetic.
+"""
 
 import numpy as np
 
+from toolkit.errors import UserError
 from toolkit.shards.order import MicroBatch
-from toolkit.shards.packing import pack
+from toolkit.shards.packing import Group, Sequence, pack
 from toolkit.shards.reader import Shards
-from toolkit.tasks.prompts import branch, forecast_group, task_group
+from toolkit.tasks.prompts import branch, ecg_ids, forecast_group, task_group
 from toolkit.tasks.vocabulary import ECGVocabulary
+from toolkit.tasks.windows import LEAST, window_groups, window_starts
+
+MEASURED = 1000  # reports, evenly spaced, whose longest decides the room of all; 0.2 s to tokenise 1,000 of the demo
+
+
+def ecgs_per_row(tokens: int, seq_len: int) -> int:
+    """How many ECGs of `tokens` tokens each fit a row of `seq_len`. Raises UserError naming --seq_len if not one does."""
+    if tokens > seq_len:
+        raise UserError(f"--seq_len {seq_len} is too short for one ECG with all that is predicted of it; use at least {tokens}")
+    return seq_len // tokens
 
 
 class ForecastData:
-    """Pretraining: every ECG token is a target, and with `reports` the report after it. `inputs` is a `Packed` row."""
+    """Pretraining: every ECG token is a target, and with `reports` the report after it; with objective `windows` the release's steps alone.
 
-    def __init__(self, shards: Shards, tokenizer, vocabulary: ECGVocabulary, reports: bool = False):
+    seq_len: tokens of a row; `samples_per_row` ECGs are sure to fit it (one, without seq_len). A report is cut to what is the longest of
+    `MEASURED`; `cut_reports` counts those. seed: of the windows' places. Raises UserError naming --seq_len, --objective or --report_targets.
+    """
+
+    def __init__(
+        self, shards: Shards, tokenizer, vocabulary: ECGVocabulary, reports: bool = False, objective: str = "causal", seq_len: int | None = None, seed: int = 0
+    ):
         self.shards, self.tokenizer, self.vocabulary, self.reports = shards, tokenizer, vocabulary, reports
+        self.windows, self.seed = objective == "windows", seed
+        self.report_room, self.cut_reports, self.samples_per_row = None, 0, 1
+        if self.windows and reports:
+            raise UserError("--report_targets: the objective `windows` predicts ECG tokens alone; use --report_targets no or --objective causal")
+        lengths = shards.rows["n_tokens"]
+        if self.windows and lengths.min() < LEAST:
+            raise UserError(f"--objective windows: the shards hold an ECG of {lengths.min()} tokens, the smallest window needs {LEAST}; use causal")
+        if seq_len is not None:
+            self.samples_per_row = ecgs_per_row(self._room(int(lengths.argmax())), seq_len)
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -22,18 +52,41 @@ class ForecastData:
         return self.shards.key(index)
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
-        groups = []
-        for _, i in samples:
-            meta = self.shards.meta(i) if self.reports or self.vocabulary.needs_gains else {}
-            group = forecast_group(self.tokenizer, self.vocabulary, self.shards.ids(i), meta.get("gains"))
-            if self.reports and meta["report"]:
-                group.branches.append(branch(self.tokenizer, {"task": "report", "report": meta["report"]}))
-            groups.append(group)
-        return _micro_batch(groups)
+        return _micro_batch([group for epoch, i in samples for group in self._groups(epoch, i)], len(samples))
+
+    def _groups(self, epoch: int, i: int) -> list[Group]:
+        codes, gain_tokens = self.shards.ids(i), self.vocabulary.gain_first is not None
+        meta = self.shards.meta(i) if self.reports or gain_tokens else {}
+        gains = meta["gains"] if gain_tokens else None
+        if not self.windows:
+            return [forecast_group(self.tokenizer, self.vocabulary, codes, gains, self._report(meta))]
+        ids = ecg_ids(self.tokenizer, self.vocabulary, codes, gains)
+        opening, tokens, _ = np.split(ids, [-1 - codes.size, -1])
+        return window_groups(opening, tokens, window_starts(codes.size, self.seed, epoch, i))
+
+    def _report(self, meta: dict) -> list[Sequence]:
+        if not (self.reports and meta["report"]):
+            return []
+        report = branch(self.tokenizer, {"task": "report", "report": meta["report"]})
+        if self.report_room is not None and len(report.ids) > self.report_room:
+            report = Sequence(report.ids[: self.report_room], report.target[: self.report_room])
+            self.cut_reports += 1
+        return [report] if report.target.any() else []
+
+    def _room(self, longest: int) -> int:
+        """Tokens that no ECG exceeds; `longest` is the index of one with the most ECG tokens. The same on all ranks."""
+        if not self.reports:
+            return sum(len(group.prefix.ids) for group in self._groups(0, longest))
+        n, count = len(self), min(len(self), MEASURED)
+        reports = [report for k in range(count) for report in self._report(self.shards.meta(k * n // count))]
+        self.report_room = max((len(report.ids) for report in reports), default=0)
+        return len(ecg_ids(self.tokenizer, self.vocabulary, self.shards.ids(longest), self.shards.meta(longest)["gains"])) + self.report_room
 
 
 class TaskData:
     """Instruction tuning: each ECG once with up to `tasks_per_ecg` of its tasks as branches, drawn anew every epoch from (seed, epoch, index)."""
+
+    samples_per_row = 1
 
     def __init__(self, shards: Shards, tokenizer, vocabulary: ECGVocabulary, tasks_per_ecg: int, seed: int):
         self.shards, self.tokenizer, self.vocabulary, self.tasks_per_ecg, self.seed = shards, tokenizer, vocabulary, tasks_per_ecg, seed
@@ -53,9 +106,9 @@ class TaskData:
                 drawn = np.random.default_rng([self.seed, epoch, i]).permutation(len(tasks))[: self.tasks_per_ecg]
                 tasks = [tasks[k] for k in sorted(drawn)]
             groups.append(task_group(self.tokenizer, self.vocabulary, self.shards.ids(i), meta["gains"], tasks))
-        return _micro_batch(groups)
+        return _micro_batch(groups, len(samples))
 
 
-def _micro_batch(groups: list) -> MicroBatch:
+def _micro_batch(groups: list[Group], ecgs: int) -> MicroBatch:
     row = pack(groups)
-    return MicroBatch(row, targets=len(row.targets), tokens=len(row.input_ids), ecgs=len(groups))
+    return MicroBatch(row, targets=len(row.targets), tokens=len(row.input_ids), ecgs=ecgs)

@@ -27,6 +27,11 @@ class ECGVocabulary:
         """Whether the gains of an ECG are put before the model."""
         return self.gain_first is not None or self.gain_text
 
+    @property
+    def code_rows(self) -> range:
+        """Token ids of the codes."""
+        return range(self.first, self.first + self.codes)
+
     def wrap(self, codes: np.ndarray, gains: Sequence[Sequence[float]] | None = None) -> np.ndarray:
         """uint16 [n_ecgs, 313] -> int64 [n_ecgs * 315], or n_ecgs * 327 with gain tokens: each ECG between its start and end token.
 

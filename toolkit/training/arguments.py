@@ -1,11 +1,15 @@
 """Arguments of every trainer, named as `transformers.TrainingArguments` names them; the text under a field is the text of --help."""
 
 import argparse
+import difflib
 import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Literal
 
+import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from toolkit.errors import UserError
 
@@ -18,9 +22,9 @@ def arg(help: str, default=..., **more):
 
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit",
-    "max_eval_samples", "tasks_per_ecg", "lora_r", "lora_alpha", "max_new_tokens",
+    "max_eval_samples", "max_skipped", "seq_len", "tasks_per_ecg", "lora_r", "lora_alpha", "max_new_tokens",
 }  # fmt: skip
-NOT_NEGATIVE = {"seed", "eval_steps", "early_stopping_patience", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout"}
+NOT_NEGATIVE = {"seed", "eval_steps", "keep_every", "early_stopping_patience", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout"}
 
 
 @dataclass(kw_only=True)
@@ -40,7 +44,7 @@ class LaunchArguments:
 
 @dataclass(kw_only=True)
 class TrainingArguments(LaunchArguments):
-    """What every trainer takes. One optimizer step sees per_device_train_batch_size x gradient_accumulation_steps x ranks ECGs."""
+    """What every trainer takes. One optimizer step sees per_device_train_batch_size x gradient_accumulation_steps x ranks ECGs (pretraining: rows)."""
 
     deepspeed: str = arg("DeepSpeed configuration, for example ds_configs/zero2.json; every \"auto\" in it is filled from these arguments.")
     per_device_train_batch_size: int = arg("ECGs (with all their tasks) per rank and micro-batch.", 8)
@@ -58,9 +62,11 @@ class TrainingArguments(LaunchArguments):
     )
     max_eval_samples: int = arg("Validate on at most this many ECGs, evenly spaced over the valid split.", 512)
     save_steps: int = arg("Steps between two checkpoints.", 500)
-    save_total_limit: int = arg("Checkpoints kept; older ones are deleted.", 2)
+    save_total_limit: int = arg("Newest checkpoints kept; older ones are deleted.", 2)
+    keep_every: int = arg("Checkpoints whose step is a multiple of this are kept as well. 0: none.", 0)
+    max_skipped: int = arg("Stop after this many steps in a row whose loss or gradients are not finite; such a step changes no weight.", 5)
+    profile: str | None = arg("Trace these steps with torch.profiler, for example 10:15, to profile/ in --output_dir.", None)
     precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
-    gradient_checkpointing: bool = arg("Recompute activations in the backward pass: less memory, about a third more time.", False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,17 +76,77 @@ class TrainingArguments(LaunchArguments):
             raise UserError("--early_stopping_patience needs --eval_steps: without it there is no validation before the end")
 
 
+@dataclass(kw_only=True)
+class LanguageModelArguments(TrainingArguments):
+    """What the trainers of language models take."""
+
+    gradient_checkpointing: str = arg("Recompute activations in the backward pass: none, full (a third more time) or every_N (each N-th layer).", "none")
+    kernels: Literal["auto", "liger", "eager"] = arg("Fused kernels. auto: Liger's on GPUs where liger-kernel is installed, else eager.", "auto")
+    compile: bool = arg("torch.compile the decoder layers: a minute or two at the start. Not with ZeRO-3.", False)
+
+
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults after every help text, the module's docstring as it is written."""
 
 
 def parse(cls, description: str, argv: list[str] | None = None):
-    """An instance of the dataclass from the command line. Exits with 2 and a usage line on an unknown or missing argument."""
+    """An instance of the dataclass from the command line, and from the YAML file that --recipe names, which the command line overrides.
+
+    Exits with 2 and a usage line on an unknown or missing argument; raises UserError naming the file and the key for a mistake in a recipe.
+    """
+    argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(cls, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    args, unknown = parser.parse_args_into_dataclasses(sys.argv[1:] if argv is None else argv, return_remaining_strings=True)
+    parser.add_argument("--recipe", metavar="FILE", help="YAML file of arguments, `name: value` each (recipes/). The command line overrides it.")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?")  # without a value it is the other parser that complains
+    recipe = first.parse_known_args(argv)[0].recipe
+    if recipe is not None:
+        _use_recipe(parser, recipe)
+    args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
+
+
+def _use_recipe(parser: HfArgumentParser, path: str) -> None:
+    """Make the values of a recipe the parser's defaults; an argument that it gives is no longer required."""
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--recipe: {path} cannot be read ({error.strerror}); the shipped ones are in recipes/") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--recipe: {path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"--recipe: {path} must hold lines of `argument: value`")
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "recipe")}  # --no_x comes after --x
+    values = {}
+    for name, value in recipe.items():
+        if name not in actions:
+            close = difflib.get_close_matches(str(name), actions, 1)
+            raise UserError(f"--recipe: {path}: there is no argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists them"))
+        action = actions[name]
+        if isinstance(value, list) != (action.nargs == "+"):
+            raise UserError(f"--recipe: {path}: {name}: must be {'a list' if action.nargs == '+' else 'one value'}, not {value!r}")
+        # YAML reads an unquoted yes or no as a boolean, and 1e-4 as text: so every value goes through the argument's own reading of text
+        read = [_read(action, part, f"--recipe: {path}: {name}") for part in (value if action.nargs == "+" else [value])]
+        values[name] = read if action.nargs == "+" else read[0]
+        action.required = False
+    parser.set_defaults(**values)
+
+
+def _read(action: argparse.Action, value, where: str):
+    """One value of a recipe as the command line would read it; raises UserError opening with `where`."""
+    try:
+        if value is None or isinstance(value, (dict, list)) or isinstance(value, bool) != (action.type is string_to_bool):
+            raise ValueError
+        read = action.type(str(value))
+        if action.choices is not None and read not in action.choices:
+            raise ValueError
+    except (ValueError, argparse.ArgumentTypeError):
+        wanted = f"one of {', '.join(action.choices)}" if action.choices else "true or false" if action.type is string_to_bool else action.type.__name__
+        hint = "; put it in quotes" if isinstance(value, bool) else "; leave it out for the default" if value is None else ""
+        raise UserError(f"{where}: must be {wanted}, not {value!r}{hint}") from None
+    return read
 
 
 def as_record(args) -> dict:

@@ -1,57 +1,196 @@
-"""Checkpoints: `checkpoint-N/` with DeepSpeed's state, and a pointer file `latest` that moves only when a checkpoint is complete."""
+"""Checkpoints: `checkpoint-N/` with DeepSpeed's state, and a pointer file `latest` that moves only when a checkpoint is complete.
+
+trainer_state.json is written last and holds size and CRC-32 of every file, so that a damaged checkpoint is found before it is loaded; the run then goes
+on from the one before. A checkpoint of another number of ranks is converted to DeepSpeed's universal format first.
+"""
 
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
 from toolkit.errors import UserError
 from toolkit.files import write_text
+from toolkit.training.distributed import RANK_VARIABLES, Ranks
 
 TAG = "state"  # DeepSpeed's folder within checkpoint-N
+UNIVERSAL = "universal"
 STATE = "trainer_state.json"
 
 
-def save(engine, folder: Path, state: dict, keep: int) -> None:
-    """Collective. Write checkpoint-{state['step']}, move the pointer, delete all but the newest `keep`. Frozen weights are left out."""
-    path = folder / f"checkpoint-{state['step']}"
-    if engine.global_rank == 0 and path.exists():
-        shutil.rmtree(path)  # the unfinished one of a killed run
-    dist.barrier()
-    engine.save_checkpoint(str(path), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
-    dist.barrier()
-    if engine.global_rank == 0:
-        write_text(path / STATE, json.dumps(state, indent=2))
-        os.sync()  # the pointer must not reach the disk before what it points to
-        write_text(folder / "latest", path.name)
-        steps = _steps(folder)
-        older = [step for step in steps if step <= state["step"]]
-        for step in set(steps) - set(older[-keep:]):  # also those beyond this step, which a killed run left unfinished
-            shutil.rmtree(folder / f"checkpoint-{step}")
-    dist.barrier()
+class Files(TorchCheckpointEngine):
+    """DeepSpeed's writer of files, which remembers what this rank wrote, and an error instead of raising it: the other ranks wait in barriers."""
+
+    def __init__(self, config_params=None):
+        super().__init__(config_params)
+        self.written: dict[Path, list[int]] = {}
+        self.error: Exception | None = None
+
+    def save(self, state_dict, path: str):
+        try:
+            super().save(state_dict, path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            self.written[Path(path)] = _fingerprint(Path(path))
+        except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" as a RuntimeError when the disk is full
+            self.error = error
 
 
-def newest(folder: Path) -> dict | None:
-    """The trainer state of the checkpoint that the pointer names, or None. Raises UserError if the pointer leads nowhere."""
+def watch_files(engine) -> None:
+    """To be called once, before the first `save`."""
+    engine.checkpoint_engine = Files(engine._config)
+    engine._copy_recovery_script = lambda path: None  # DeepSpeed copies a script beside each checkpoint; on a full disk that would raise on rank 0 alone
+
+
+def save(engine, folder: Path, state: dict, keep: int, keep_every: int = 0) -> str | None:
+    """Collective. Write checkpoint-{state['step']}, move the pointer, delete older ones but the newest `keep` and every `keep_every`-th step.
+
+    Frozen weights are left out. Returns None, or on every rank what went wrong: then there is no such checkpoint, and all others are as they were.
+    """
+    path, files = folder / f"checkpoint-{state['step']}", engine.checkpoint_engine
+    files.written, files.error = {}, None
+    main = engine.global_rank == 0
+    if main:
+        try:
+            if path.exists():
+                shutil.rmtree(path)  # the unfinished one of a killed run
+            path.mkdir()
+        except OSError as error:
+            files.error = error
+    if not (problem := _first_error(files)):
+        engine.save_checkpoint(str(path), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+        problem = _first_error(files)
+    written = [None] * dist.get_world_size()
+    dist.all_gather_object(written, {str(file.relative_to(path)): said for file, said in files.written.items()})
+    if main and not problem:
+        try:
+            known = {name: said for part in written for name, said in part.items()}
+            write_text(path / STATE, json.dumps({**state, "files": known}, indent=2))
+            write_text(folder / "latest", path.name)
+            _prune(folder, state["step"], keep, keep_every)
+        except OSError as error:
+            files.error = error
+    problem = _first_error(files)  # also the barrier after which every rank may rely on the checkpoint
+    if problem and main:
+        shutil.rmtree(path, ignore_errors=True)
+    return problem
+
+
+def _prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
+    steps = _steps(folder)
+    older = [s for s in steps if s <= step]
+    kept = set(older[-keep:]) | {s for s in older if keep_every and s % keep_every == 0}
+    for s in set(steps) - kept:  # also those beyond this step, which a killed run left behind
+        shutil.rmtree(folder / f"checkpoint-{s}")
+
+
+def newest(folder: Path, ranks: Ranks) -> dict | None:
+    """Collective. The trainer state of the newest whole checkpoint, or None where there is none; says which damaged ones it passes over.
+
+    Raises UserError if all are damaged.
+    """
     pointer = folder / "latest"
     if not pointer.is_file():
         return None
-    path = folder / pointer.read_text().strip() / STATE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"--output_dir: {pointer} points to {path.parent.name}, which is damaged; name an older one in it, or use a new folder") from None
+    named = re.fullmatch(r"checkpoint-(\d+)", pointer.read_text().strip())
+    passed = []
+    # what lies beyond the pointer is unfinished
+    for step in reversed([s for s in _steps(folder) if not named or s <= int(named[1])]):
+        problem, state = None, {}
+        try:
+            state = json.loads((folder / f"checkpoint-{step}" / STATE).read_text())
+            files = sorted(state["files"].items())
+            problem = _damage(folder / f"checkpoint-{step}", files[ranks.rank :: ranks.world])
+        except (OSError, ValueError, KeyError, TypeError):
+            problem = f"{STATE} is missing or damaged"
+        problems: list = [None] * ranks.world
+        dist.all_gather_object(problems, problem)
+        if not any(problems):
+            if passed and ranks.main:
+                print(f"WARNING: {'; '.join(passed)}; going back to checkpoint-{step}", flush=True)
+            return state
+        passed.append(f"checkpoint-{step} is damaged ({next(filter(None, problems))})")
+    raise UserError(f"--output_dir: {'; '.join(passed) or f'{pointer} points to nothing'}: no checkpoint is left in {folder}; use a new folder")
 
 
-def load(engine, folder: Path, state: dict) -> None:
-    """Collective. Put model and optimizer back to what `state` says; the ranks and the ZeRO stage must be those that saved it."""
-    path = folder / f"checkpoint-{state['step']}"
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG, load_module_strict=False)  # frozen weights are not in it
+def load(engine, folder: Path, state: dict, ranks: Ranks) -> None:
+    """Collective. Put model and optimizer back to what `state` says. After `needs_conversion` the engine must have been built with "load_universal"."""
+    path, tag = folder / f"checkpoint-{state['step']}", TAG
+    converted = engine.load_universal_checkpoint()
+    if converted:
+        tag = UNIVERSAL
+        if ranks.main:
+            _convert(path, state["ranks"])
+        dist.barrier()
+    decays = [group["weight_decay"] for group in engine.basic_optimizer.param_groups]
+    loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)  # frozen weights are not in it
     if loaded is None:
         raise UserError(f"--output_dir: {path} does not load; write the name of an older checkpoint into {folder / 'latest'}")
+    if converted:
+        engine._config.load_universal_checkpoint = False
+        # at stage 3 DeepSpeed gives all parameters the first group's weight decay, and one and the same counter of steps, which then runs twice as fast
+        for group, decay in zip(engine.basic_optimizer.param_groups, decays):
+            group["weight_decay"] = decay
+        for moments in engine.basic_optimizer.state.values():
+            moments["step"] = moments["step"].clone()
+        dist.barrier()
+        if ranks.main:
+            shutil.rmtree(path / UNIVERSAL)
+
+
+def needs_conversion(state: dict, ranks: Ranks, stage: int) -> bool:
+    """Whether a checkpoint of `state` was cut for another number of ranks. ZeRO stage 0 cuts nothing."""
+    return stage > 0 and state["step"] > 0 and state["ranks"] != ranks.world
+
+
+def _convert(path: Path, ranks: int) -> None:
+    """checkpoint-N/state -> checkpoint-N/universal, in a process of its own: the converter starts worker processes, which a rank must not fork."""
+    out = path / f".{UNIVERSAL}"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(path / UNIVERSAL, ignore_errors=True)
+    print(f"{path.name} is of {ranks} ranks: converting it to a universal checkpoint", flush=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--input_folder", path / TAG, "--output_folder", out]
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        shutil.rmtree(out, ignore_errors=True)
+        reason = (done.stdout.strip().splitlines() or ["no message"])[-1]
+        raise UserError(f"--output_dir: {path} cannot be converted from {ranks} ranks to another number ({reason}); resume it with {ranks} ranks")
+    out.rename(path / UNIVERSAL)
+
+
+def _first_error(files: Files) -> str | None:
+    """Collective. What any rank met, the same on all of them."""
+    errors: list = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, files.error and str(files.error).splitlines()[0])
+    return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), None)
+
+
+def _damage(path: Path, files: list[tuple[str, list[int]]]) -> str | None:
+    for name, said in files:
+        try:
+            found = _fingerprint(path / name) if (path / name).stat().st_size == said[0] else None
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != said:
+            return f"{name} is not what was written"
+    return None
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """[bytes, CRC-32]: against disks and truncation, not against people; 1 GB takes about a second."""
+    size = crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
 
 
 def _steps(folder: Path) -> list[int]:

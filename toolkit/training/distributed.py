@@ -17,6 +17,10 @@ from deepspeed import ops
 from deepspeed.accelerator import get_accelerator
 
 from toolkit.errors import UserError
+from toolkit.training.stop import REQUEUE, Requeue
+
+# what tells a process its place; a process started by a rank that is none itself must not inherit them
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,11 @@ def bf16_is_fast() -> bool:
     return cpuinfo.exists() and any(flag in cpuinfo.read_text() for flag in ("avx512_bf16", "amx_bf16"))
 
 
+def wants_bf16(args) -> bool:
+    """Whether --precision means bf16 on this machine."""
+    return args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast())
+
+
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sum over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -70,7 +79,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def launcher(main):
-    """Decorate a launcher's `main()`: a UserError is one line from rank 0 and exit code 2 on every rank; the group is left in order."""
+    """Decorate a launcher's `main()`: a UserError is one line from rank 0 and exit code 2 on every rank, a run that was saved on request ends with 85."""
 
     @functools.wraps(main)
     def wrapped():
@@ -79,6 +88,7 @@ def launcher(main):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
         transformers.utils.logging.disable_progress_bar()
         huggingface_hub.logging.set_verbosity_error()  # a hub that cannot be reached is said once, by the error
+        code = 0
         try:
             main()
         except UserError as error:
@@ -87,8 +97,12 @@ def launcher(main):
                 time.sleep(3)  # rank 0 has most likely the same to say, and the launcher then ends the others before they repeat it
             print(f"error: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
             os._exit(2)  # not sys.exit: other ranks may wait in a collective, and leaving the group would wait for them
+        except Requeue:
+            code = REQUEUE
         if dist.is_initialized():
             dist.destroy_process_group()
+        if code:
+            sys.exit(code)
 
     return wrapped
 

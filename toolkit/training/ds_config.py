@@ -1,7 +1,12 @@
 """Resolve a DeepSpeed configuration: every "auto" from the arguments, and no setting that would be ignored in silence."""
 
+import difflib
 import json
 from pathlib import Path
+
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 
 from toolkit.errors import UserError
 
@@ -11,11 +16,21 @@ FORBIDDEN = {
     "activation_checkpointing": "it has no effect on Hugging Face models: use --gradient_checkpointing",
     "fp16": "use --precision bf16 or fp32",
     "torch_autocast": "use --precision bf16 or fp32",
+    "checkpoint": "the trainers decide it by themselves",
+    "flops_profiler": "it counts padding and recomputation: the log has TFLOPS and MFU, --profile a trace",
+    "tensorboard": "the trainers write TensorBoard files to --output_dir",
+    "zero_force_ds_cpu_optimizer": "the trainers set it: offloaded states are stepped by torch's AdamW, which needs no compiler",
 }
+KNOWN = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16", "zero_optimization", "data_types",
+    "steps_per_print", "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown", "memory_breakdown",
+    "comms_logger", "dump_state", "log_level",
+}  # fmt: skip
+STAGES = (0, 1, 2, 3)
 
 
-def resolve(path: str, args, world: int, bf16: bool) -> dict:
-    """The configuration with no "auto" left. Raises UserError naming the file, the key and the mend."""
+def read(path: str) -> dict:
+    """The configuration as it stands in the file, its keys and types checked. Raises UserError naming the file, the key and the mend."""
     try:
         config = json.loads(Path(path).read_text())
     except OSError as error:
@@ -24,16 +39,33 @@ def resolve(path: str, args, world: int, bf16: bool) -> dict:
         raise UserError(f"--deepspeed: {path} is no valid JSON: {error}") from None
     if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in ("bf16", "zero_optimization", "data_types")):
         raise UserError(f"--deepspeed: {path}: bf16, zero_optimization and data_types must be objects; the presets are in ds_configs/")
-    for key, mend in FORBIDDEN.items():
-        if key in config:
-            raise UserError(f"--deepspeed: {path}: remove {key!r}: {mend}")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2):
-        raise UserError(f"--deepspeed: {path}: zero_optimization.stage {stage} is not supported yet; use ds_configs/zero2.json")
+    for key in config:
+        if key in FORBIDDEN:
+            raise UserError(f"--deepspeed: {path}: remove {key!r}: {FORBIDDEN[key]}")
+        if key not in KNOWN:
+            near = difflib.get_close_matches(key, KNOWN, 1)
+            raise UserError(f"--deepspeed: {path}: {key!r} is unknown to the trainers, " + (f"did you mean {near[0]!r}?" if near else "remove it"))
+    zero = config.setdefault("zero_optimization", {})
+    if zero.setdefault("stage", 0) not in STAGES:
+        raise UserError(f"--deepspeed: {path}: zero_optimization.stage must be one of {STAGES}, not {zero['stage']!r}")
+    for part in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+            raise UserError(f"--deepspeed: {path}: zero_optimization.{part}.device nvme is not supported: checkpoints would not hold what is there; use cpu")
+    return config
+
+
+def resolve(path: str, args, world: int, bf16: bool, hidden_size: int | None = None, split: tuple[int, int] | None = None) -> dict:
+    """The configuration with no "auto" left.
+
+    hidden_size: of the model, for the bucket sizes of ZeRO-3. split: (micro-batch, accumulation) where a resumed run cuts its batch in another way than
+    `args` say. Raises UserError naming the file, the key and the mend.
+    """
+    config = read(path)
+    micro, accumulation = split or (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     values = {
-        "train_micro_batch_size_per_gpu": args.per_device_train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "train_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * world,
         "gradient_clipping": args.max_grad_norm,
     }
     for key, value in values.items():
@@ -46,10 +78,35 @@ def resolve(path: str, args, world: int, bf16: bool) -> dict:
         precision["enabled"] = bf16
     elif precision["enabled"] != bf16:
         raise UserError(f"--deepspeed: {path}: bf16.enabled is {precision['enabled']}, this run's weights are {'bf16' if bf16 else 'fp32'}; write \"auto\"")
-    if stage:  # stage 0 has no such choice
-        config.setdefault("data_types", {})["grad_accum_dtype"] = "fp32"  # bf16 sums lose small gradients
+
+    zero = config["zero_optimization"]
+    if zero["stage"] == 3 and getattr(args, "compile", False):
+        raise UserError("--compile: ZeRO-3's hooks would be traced and compiled again and again; use ds_configs/zero2.json or leave it out")
+    if hidden_size:  # the rules that users know from the Hugging Face Trainer
+        rules = {
+            "reduce_bucket_size": hidden_size**2,
+            "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+            "stage3_param_persistence_threshold": 10 * hidden_size,
+        }
+        zero |= {key: value for key, value in rules.items() if zero.get(key) == "auto"}
+    types = config.setdefault("data_types", {})
+    if types.setdefault("grad_accum_dtype", "fp32") not in ("fp32", "auto"):
+        raise UserError(f"--deepspeed: {path}: data_types.grad_accum_dtype must be fp32: sums in {types['grad_accum_dtype']} lose small gradients")
+    types["grad_accum_dtype"] = "fp32"
+    if zero["stage"] == 0:
+        if bf16 and accumulation > 1:  # DeepSpeed has nothing but bf16 sums at stage 0
+            raise UserError(f"--deepspeed: {path}: ZeRO stage 0 would sum the micro-batches' gradients in bf16; use ds_configs/zero1.json")
+        del types["grad_accum_dtype"]
+    config["zero_force_ds_cpu_optimizer"] = False
     left = [f"{k}.{s}" for k, v in config.items() if isinstance(v, dict) for s in v if v[s] == "auto"]
     left += [k for k, v in config.items() if v == "auto"]
     if left:
         raise UserError(f"--deepspeed: {path}: no argument decides {left[0]!r}; write a value")
+    for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
+        try:
+            model(**config[section])
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, (section, *first["loc"])))
+            raise UserError(f"--deepspeed: {path}: {key}: {first['msg'].lower()}; remove it or mend it") from None
     return config

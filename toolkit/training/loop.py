@@ -4,38 +4,40 @@ A step draws all its micro-batches first, so that the summed loss is divided by 
 is that of the mean over all targets, however ranks and accumulation cut the batch.
 """
 
-import hashlib
 import json
 import math
-import queue
-import threading
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
+from tqdm import tqdm
 
 from toolkit.errors import UserError
-from toolkit.files import run_folder, write_text
-from toolkit.shards.order import Data, MicroBatch, micro_batches, sample_at
-from toolkit.training import checkpoint, ds_config, early_stopping
+from toolkit.files import write_text
+from toolkit.lm.flops import peak_flops
+from toolkit.shards.order import Data
+from toolkit.shown import Shown
+from toolkit.training import checkpoint, early_stopping, stop
 from toolkit.training.arguments import TrainingArguments, as_record
-from toolkit.training.distributed import Ranks, bf16_is_fast, sum_over_ranks
+from toolkit.training.batches import prefetch, steps
+from toolkit.training.distributed import Ranks, sum_over_ranks, wants_bf16
+from toolkit.training.engine import Taken, build_engine, learning_rate, seed_step, set_learning_rate, take_step
 from toolkit.training.log import RunLog
+from toolkit.training.profile import Profiler
+from toolkit.training.resume import RESULTS, Run, find_run
+from toolkit.training.speed import Interval
+from toolkit.training.zero3 import MADE
 
-RESULTS = "train_results.json"  # written last: a run folder that holds it is complete
-FREE = {
-    "output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "max_steps", "num_train_epochs",
-    "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
-}  # fmt: skip
+SAID = 20  # sample keys in a message
 
 
 @dataclass
 class Job:
-    """What differs between the trainers. `loss` sums over targets; `evaluate` is called on all ranks, `sample` and `export` on rank 0."""
+    """What differs between the trainers. `loss` sums over targets; `evaluate`, `show` and `export` are called on all ranks."""
 
     model: torch.nn.Module
     data: Data
@@ -43,195 +45,160 @@ class Job:
     evaluate: Callable[[Any], dict[str, float]]
     export: Callable[[torch.nn.Module, Path], None]
     identity: dict  # digests of what the run is made from; a resumed run must have the same
-    sample: Callable[[Any], str] | None = None
+    show: Callable[[Any], Shown] | None = None
+    flops: Callable[[Any], float] | None = None  # of a micro-batch, forward and backward
+    hidden_size: int | None = None  # what ZeRO-3's bucket sizes follow
     bf16: bool = True  # False: DeepSpeed keeps the weights in float32 whatever --precision says
     watch: str = "eval_loss"  # what --early_stopping_patience looks at; smaller is better
 
 
 def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> dict:
     """Train to the last step, from the newest checkpoint if there is one; returns (and writes) the final metrics."""
-    folder = Path(args.output_dir)
-    bf16 = job.bf16 and (args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()))
-    config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16)
-    global_batch = config["train_batch_size"]
-    last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * len(job.data) / global_batch)
-    # what a resumed run must share with its checkpoint: all but what only says when to look, and where
-    identity = {name: value for name, value in as_record(args).items() if name not in FREE}
-    if args.early_stopping_patience:  # another validation would judge by another measure, more often or more rarely
-        identity |= {"eval_steps": args.eval_steps, "max_eval_samples": args.max_eval_samples}
-    identity |= {**job.identity, "steps": last, "bf16": bf16, "ranks": ranks.world, "ZeRO stage": config.get("zero_optimization", {}).get("stage", 0)}
-
-    results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
-    state = results or checkpoint.newest(folder) or {"step": 0, "samples": 0, "seconds": 0.0, "identity": identity}
-    for name, value in identity.items():
-        if state["identity"].get(name) != value:
-            was = state["identity"].get(name)
-            raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; resume it with the same, or name a new folder")
-    if results:
+    bf16 = job.bf16 and wants_bf16(args)
+    run = find_run(args, ranks, len(job.data), job.data.samples_per_row, job.identity, bf16, job.hidden_size)
+    if run.results:
         if ranks.main:
-            early_stopping.sweep(folder, complete=True)
-            print(f"{folder} is complete already: {results['steps']} steps")
-        return results
-    if ranks.main:
-        run_folder(folder)
-        write_text(folder / "arguments.json", json.dumps(as_record(args), indent=2))
-        write_text(folder / "ds_config.json", json.dumps(config, indent=2))
-
-    engine = build_engine(job.model, args, config)
+            early_stopping.sweep(run.folder, complete=True)
+            shutil.rmtree(run.folder / MADE, ignore_errors=True)
+            print(f"{run.folder} is complete already: {run.results['steps']} steps")
+        return run.results
+    engine, state = _engine(args, job, run, ranks), run.state
     first = state["step"]
-    if first:
-        checkpoint.load(engine, folder, state)
-    log = RunLog(folder, first, last, description) if ranks.main else None
+    log = RunLog(run.folder, first, run.last, description) if ranks.main else None
+    asked, profiler = stop.listen(run.folder, ranks.main), Profiler(args.profile if ranks.main else None, run.folder)
+    batches = prefetch(steps(job.data, args.seed, run.split, ranks.rank, ranks.world, state["samples"], run.last - first))
+    peak = peak_flops(ranks.device, bf16)[0] if job.flops else math.inf
+    interval, in_a_row, saved = Interval(ranks.device, ranks.world, peak), 0, first
 
-    batches = _prefetch(_steps(job.data, args, ranks, state["samples"], last - first))
-    clock, seconds, interval, best, stopped = time.perf_counter(), state["seconds"], _Interval(), state.get("best"), state.get("stopped", False)
-    for step in range(first, first if stopped else last):
-        step_started = time.perf_counter()
-        micro = next(batches)
-        targets, tokens, ecgs = sum_over_ranks([sum(getattr(m, n) for m in micro) for n in ("targets", "tokens", "ecgs")], ranks.device)
-        _set_learning_rate(engine, _learning_rate(args, step, last))
-        _seed_step(args.seed, step, ranks.rank)
-        summed = torch.zeros((), device=ranks.device)
-        for batch in micro:
-            loss = job.loss(engine, batch.inputs)
-            engine.backward(loss * (ranks.world * len(micro) / targets))  # DeepSpeed divides by ranks and micro-batches
-            engine.step()
-            summed += loss.detach()
-        loss_value = sum_over_ranks([summed.item()], ranks.device)[0] / targets
-        if not math.isfinite(loss_value):
-            raise UserError(f"the loss of step {step + 1} is {loss_value}: lower --learning_rate and name a new --output_dir")
-        interval.add(loss_value, tokens, ecgs, time.perf_counter() - step_started)
+    for step in range(first, first if state.get("stopped") else run.last):
+        profiler.step(step)
+        started = time.perf_counter()
+        samples, micro = next(batches)
+        waited = time.perf_counter() - started
+        flops = sum(map(job.flops, (m.inputs for m in micro))) if job.flops else 0.0
+        counts = [sum(getattr(m, n) for m in micro) for n in ("targets", "tokens", "ecgs")]
+        targets, tokens, ecgs, flops, stopping = sum_over_ranks([*counts, flops, asked()], ranks.device)
+        if stopping:
+            _leave(engine, args, run, state, saved, log, ranks)
+        rate = learning_rate(args, step, run.last)
+        set_learning_rate(engine, rate)
+        seed_step(args.seed, step, ranks.rank)
+        taken = take_step(engine, job.loss, micro, targets, ranks, job.data, samples)
+        seconds = time.perf_counter() - started
+        interval.add(taken.loss, targets, tokens, ecgs, flops, seconds, waited)
+        in_a_row = in_a_row + 1 if taken.keys else 0
         done = step + 1
-        samples = state["samples"] + global_batch
+        state = {**state, "step": done, "samples": state["samples"] + run.config["train_batch_size"] * job.data.samples_per_row,
+                 "seconds": state["seconds"] + seconds, "skipped": state["skipped"] + bool(taken.keys), "ranks": ranks.world}  # fmt: skip
         if log:
             log.bar.update()
-        if args.eval_steps and done % args.eval_steps == 0 and done != last:
-            metrics = _evaluate(job, engine, log, done)
-            if args.early_stopping_patience:
-                best = early_stopping.better(best, metrics, job.watch, done)
-                if ranks.main and best["step"] == done:
-                    job.export(engine.module, early_stopping.path_of(folder, best))
-                stopped = done - best["step"] >= args.early_stopping_patience * args.eval_steps
-        if done % args.logging_steps == 0 or done == last or stopped:
-            norm = engine.get_global_grad_norm()
-            values = {"loss": interval.loss, "learning_rate": _learning_rate(args, step, last), "grad_norm": None if norm is None else float(norm)}
+        if taken.keys:
+            _report_skipped(args, done, taken, state["skipped"], in_a_row, log)
+        if args.eval_steps and done % args.eval_steps == 0 and done != run.last:
+            state |= _validate(args, job, engine, run.folder, state, log)
+        if done % args.logging_steps == 0 or done == run.last or state.get("stopped"):
             if log:
-                log.line(done, {**values, **interval.speed()})
-            interval = _Interval()
-        state = {"step": done, "samples": samples, "seconds": seconds + time.perf_counter() - clock, "identity": identity, "best": best, "stopped": stopped}
-        if done % args.save_steps == 0 or done == last or stopped:
-            checkpoint.save(engine, folder, state, args.save_total_limit)
-            if ranks.main:
-                early_stopping.sweep(folder)
-        if stopped:
+                log.line(done, interval.values(run.last - done, taken.grad_norm, rate))
+            interval = Interval(ranks.device, ranks.world, peak)
+        if done % args.save_steps == 0 or done == run.last or state.get("stopped"):
+            saved = _save(engine, args, run.folder, state, log, saved)
+        if state.get("stopped"):
             break
 
-    return _finish(job, engine, log, folder, state)
+    profiler.close()
+    return _finish(args, job, engine, log, run.folder, state)
 
 
-def _finish(job: Job, engine, log: RunLog | None, folder: Path, state: dict) -> dict:
+def _engine(args: TrainingArguments, job: Job, run: Run, ranks: Ranks):
+    """Collective. The engine, at the state of the run's checkpoint."""
+    config = run.config
+    if checkpoint.needs_conversion(run.state, ranks, config["zero_optimization"]["stage"]):
+        config = {**config, "checkpoint": {"load_universal": True}}
+    engine = build_engine(job.model, args, config)
+    if run.state["step"]:
+        checkpoint.load(engine, run.folder, run.state, ranks)
+    return engine
+
+
+def _report_skipped(args: TrainingArguments, step: int, taken: Taken, total: int, in_a_row: int, log: RunLog | None) -> None:
+    """Say which step was not finite and on which samples; raises UserError after --max_skipped in a row."""
+    what = f"loss {taken.loss}, gradient norm {taken.grad_norm}" + ("" if taken.applied else ", no weight was changed")
+    keys = ", ".join(taken.keys[:SAID]) + (f" and {len(taken.keys) - SAID} more" if len(taken.keys) > SAID else "")
+    if log:
+        log.line(step, {"skipped_steps": total})
+        tqdm.write(f"WARNING: step {step} is not finite: {what}; its samples: {keys}")
+    if in_a_row >= args.max_skipped:
+        raise UserError(
+            f"{in_a_row} steps in a row were not finite, the last one {step} ({what}; samples: {keys});"
+            " lower --learning_rate or raise --max_skipped and start from the last checkpoint, or name a new --output_dir"
+        )
+
+
+def _validate(args: TrainingArguments, job: Job, engine, folder: Path, state: dict, log: RunLog | None) -> dict:
+    """Collective. What a validation between two steps changes of the state: with early stopping the best one, and whether to stop."""
+    metrics = _evaluate(job, engine, log, state["step"])
+    if not args.early_stopping_patience:
+        return {}
+    best = early_stopping.better(state.get("best"), metrics, job.watch, state["step"])
+    if best["step"] == state["step"]:
+        job.export(engine.module, early_stopping.path_of(folder, best))
+    return {"best": best, "stopped": state["step"] - best["step"] >= args.early_stopping_patience * args.eval_steps}
+
+
+def _save(engine, args: TrainingArguments, folder: Path, state: dict, log: RunLog | None, saved: int) -> int:
+    """Collective. Write a checkpoint; the step of the newest one. A full disk does not end the run: it says so, and goes on from memory."""
+    started = time.perf_counter()
+    problem = checkpoint.save(engine, folder, state, args.save_total_limit, args.keep_every)
+    if log and not problem:
+        early_stopping.sweep(folder)
+        log.line(state["step"], {"save_seconds": time.perf_counter() - started})
+    if log and problem:
+        tqdm.write(f"WARNING: checkpoint-{state['step']} could not be written ({problem}); training goes on, the newest checkpoint is that of step {saved}")
+    return saved if problem else state["step"]
+
+
+def _leave(engine, args: TrainingArguments, run: Run, state: dict, saved: int, log: RunLog | None, ranks: Ranks) -> None:
+    """Collective. Save what is not saved yet, and end with the exit code that asks to be started again."""
+    if saved != state["step"] and _save(engine, args, run.folder, state, log, saved) != state["step"]:
+        raise UserError(f"--output_dir: asked to stop at step {state['step']}, which could not be saved; the newest checkpoint is that of step {saved}")
+    if log:
+        stop.answered(run.folder)
+        tqdm.write(f"asked to stop: saved at step {state['step']} of {run.last}; the same command goes on from here")
+        log.close()
+    raise stop.Requeue
+
+
+def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folder: Path, state: dict) -> dict:
     """Collective. The last validation, the exported model (with early stopping the best one) and train_results.json, which it returns."""
     final = best = state.get("best")
     if not state.get("stopped"):  # else it was validated when it stopped
         metrics = _evaluate(job, engine, log, state["step"])
         final = early_stopping.better(best, metrics, job.watch, state["step"]) if best else {"step": state["step"], "metrics": metrics}
-    results = {**final["metrics"], "steps": state["step"], "samples": state["samples"], "train_seconds": state["seconds"], "identity": state["identity"]}
+    results = {**final["metrics"], "steps": state["step"], **{name: state[name] for name in ("samples", "skipped", "identity", "batch")}}
+    results["train_seconds"] = state["seconds"]
     if best:
         results["best_step"] = final["step"]
+    if not (best and final is best):
+        job.export(engine.module, folder)
     if log:
-        if final is best:
+        if best and final is best:
             early_stopping.take(folder, best)
-        else:
-            job.export(engine.module, folder)
         write_text(folder / RESULTS, json.dumps(results, indent=2))
         early_stopping.sweep(folder, complete=True)
+        shutil.rmtree(folder / MADE, ignore_errors=True)
+        log.hparams(as_record(args), {name: value for name, value in final["metrics"].items() if math.isfinite(value)})
         log.close()
     return results
 
 
-def build_engine(model: torch.nn.Module, args: TrainingArguments, config: dict):
-    """`deepspeed.initialize` with torch's own AdamW (DeepSpeed's fused ones compile for a minute on the first run)."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    return engine
-
-
-def _steps(data: Data, args: TrainingArguments, ranks: Ranks, cursor: int, steps: int) -> Iterator[list[MicroBatch]]:
-    for _ in range(steps):
-        parts = micro_batches(cursor, args.per_device_train_batch_size, args.gradient_accumulation_steps, ranks.rank, ranks.world)
-        yield [data.batch([sample_at(args.seed, len(data), position) for position in part]) for part in parts]
-        cursor += args.per_device_train_batch_size * args.gradient_accumulation_steps * ranks.world
-
-
-def _prefetch(source: Iterator, depth: int = 2) -> Iterator:
-    """Make the next steps' batches in a thread while this one is computed; an error in it is raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-
-    def fill():
-        try:
-            for item in source:
-                ready.put((item, None))
-        except BaseException as error:  # handed over, not swallowed
-            ready.put((None, error))
-
-    threading.Thread(target=fill, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if error is not None:
-            raise error
-        yield item
-
-
-class _Interval:
-    """Sums over the steps between two log lines; validation and checkpoints between them are not counted as time."""
-
-    def __init__(self):
-        self.losses, self.tokens, self.ecgs, self.seconds = [], 0, 0, 0.0
-
-    def add(self, loss: float, tokens: float, ecgs: float, seconds: float) -> None:
-        self.losses.append(loss)
-        self.tokens += tokens
-        self.ecgs += ecgs
-        self.seconds += seconds
-
-    @property
-    def loss(self) -> float:
-        return sum(self.losses) / len(self.losses)
-
-    def speed(self) -> dict:
-        speed = {"tokens_per_second": self.tokens, "ecgs_per_second": self.ecgs}
-        return {name: count / self.seconds for name, count in speed.items()} | {"step_seconds": self.seconds / len(self.losses)}
-
-
 def _evaluate(job: Job, engine, log: RunLog | None, step: int) -> dict:
+    """Collective. Metrics, and what the trainer has to show, to the log."""
     engine.eval()
-    results = job.evaluate(engine)
-    samples = job.sample(engine) if job.sample and log else None
+    metrics = job.evaluate(engine)
+    shown = job.show(engine) if job.show else None
     engine.train()
     if log:
-        log.line(step, results)
-        if samples:
-            log.text(step, samples)
-    return results
-
-
-def _learning_rate(args: TrainingArguments, step: int, last: int) -> float:
-    """Linear warm-up that starts above zero, then half a cosine to zero."""
-    if step < args.warmup_steps:
-        return args.learning_rate * (step + 1) / args.warmup_steps
-    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, last - args.warmup_steps)))
-
-
-def _set_learning_rate(engine, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
-
-
-def _seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout from (seed, step, rank): a resumed run needs no stored generator state."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little"))
+        log.line(step, metrics)
+        if shown:
+            log.show(step, shown)
+    return metrics

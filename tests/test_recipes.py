@@ -1,0 +1,121 @@
+"""`--recipe`: every shipped recipe parses with the launcher of its own command; what is wrong in one is said with the file and the key."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from toolkit.errors import UserError
+from toolkit.training.arguments import LaunchArguments, arg, parse
+
+RECIPES = sorted(Path(__file__).resolve().parents[1].glob("recipes/*.yaml"))
+CLASSES = {"pretrain": "PretrainArguments", "instruct": "InstructArguments", "train_tokenizer": "TokenizerArguments"}
+
+
+def test_there_are_recipes():
+    assert {path.stem for path in RECIPES} >= {
+        "llama3.2-3b-pretrain", "llama3.2-3b-instruct", "paper-pretrain", "smollm2-pretrain", "tokenizer-heartspeed"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_parses_with_the_command_in_its_comments(path):
+    """The launcher is the one that the command names."""
+    launcher, given = re.search(rf"launchers/(\w+)\.py (--recipe recipes/{path.name} .*)", path.read_text()).groups()
+    cls = getattr(import_module(f"launchers.{launcher}"), CLASSES[launcher])
+    args = parse(cls, "", shlex.split(given.replace(f"recipes/{path.name}", str(path))))
+    recipe = yaml.safe_load(path.read_text())
+    assert not {"shards", "manifest", "output_dir"} & recipe.keys()  # paths are the user's
+    assert (Path(path.parents[1]) / args.deepspeed).is_file()
+    for name, value in recipe.items():
+        assert getattr(args, name) == (float(value) if name == "learning_rate" else value)
+
+
+def test_the_papers_recipe_is_the_releases_choice():
+    recipe = yaml.safe_load(next(path for path in RECIPES if path.stem == "paper-pretrain").read_text())
+    assert (recipe["objective"], recipe["train"], float(recipe["learning_rate"]), recipe["num_train_epochs"]) == ("windows", "lora+norms+embeddings", 1e-4, 1)
+
+
+@dataclass(kw_only=True)
+class Arguments(LaunchArguments):
+    rate: float = arg("A number.")
+    steps: int = arg("A whole number.", 3)
+    mode: Literal["auto", "yes", "no"] = arg("A choice.", "auto")
+    name: str | None = arg("A text.", None)
+    flag: bool = arg("A switch.", False)
+    drawn: bool = arg("A switch that is on.", True)
+    levels: list[int] = arg("A list.", [6, 6])
+
+
+def parsed(tmp_path, text: str, *argv: str) -> Arguments:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    return parse(Arguments, "What it does.", ["--recipe", str(path), *argv])
+
+
+def test_a_recipe_gives_arguments_and_the_command_line_overrides_them(tmp_path):
+    text = 'output_dir: out\nrate: 1e-4\nsteps: 7\nmode: "no"\nname: 12\nflag: true\ndrawn: false\nlevels: [8, 5]\n'
+    args = parsed(tmp_path, text)
+    assert args == Arguments(output_dir="out", rate=1e-4, steps=7, mode="no", name="12", flag=True, drawn=False, levels=[8, 5])
+    args = parsed(tmp_path, text, "--steps=9", "--levels", "3", "4", "5", "--flag", "false", "--rate", "2", "--mode", "yes")
+    assert (args.steps, args.levels, args.flag, args.rate, args.mode, args.name) == (9, [3, 4, 5], False, 2.0, "yes", "12")
+    assert parse(Arguments, "", ["--output_dir", "o", "--rate", "1"]) == Arguments(output_dir="o", rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step: 3", "there is no argument 'step'; did you mean 'steps'?"),
+        ("3: 3", "there is no argument 3; --help lists them"),
+        ("recipe: other.yaml", "there is no argument 'recipe'"),
+        ("steps: 1.5", "steps: must be int, not 1.5"),
+        ("steps: true", "steps: must be int, not True; put it in quotes"),
+        ("steps:", "steps: must be int, not None; leave it out for the default"),
+        ("steps: [1]", "steps: must be one value, not [1]"),
+        ("rate: fast", "rate: must be float, not 'fast'"),
+        ("mode: yes", "mode: must be one of auto, yes, no, not True; put it in quotes"),
+        ("mode: never", "mode: must be one of auto, yes, no, not 'never'"),
+        ("flag: 3", "flag: must be true or false, not 3"),
+        ("name: {a: 1}", "name: must be str, not {'a': 1}"),
+        ("levels: 6", "levels: must be a list, not 6"),
+        ("levels: [6, x]", "levels: must be int, not 'x'"),
+        ("- steps", "must hold lines of `argument: value`"),
+        ("", "must hold lines of `argument: value`"),
+        ("a: [", "is no valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_the_file_and_the_key(tmp_path, text, message):
+    with pytest.raises(UserError) as caught:
+        parsed(tmp_path, text)
+    assert str(caught.value).startswith(f"--recipe: {tmp_path / 'r.yaml'}") and message in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="--recipe: .*none.yaml cannot be read .*recipes/"):
+        parse(Arguments, "", ["--recipe", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"), [(["--recipe"], "--recipe: expected one argument"), (["--rate", "1"], "required: --output_dir"), (["--recip", "x"], "--recip")]
+)
+def test_the_usual_mistakes_exit_with_2(capsys, argv, message):
+    with pytest.raises(SystemExit) as caught:
+        parse(Arguments, "", argv)
+    assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_value_that_the_dataclass_refuses_is_refused_from_a_recipe_too(tmp_path):
+    with pytest.raises(UserError, match="--seed must be at least 0"):
+        parsed(tmp_path, "output_dir: o\nrate: 1\nseed: -1\n")
+
+
+def test_help_shows_the_argument_and_the_recipes_values(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parsed(tmp_path, "steps: 77", "--help")
+    said = capsys.readouterr().out
+    assert caught.value.code == 0 and "--recipe FILE" in said and "default: 77" in said

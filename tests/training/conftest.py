@@ -1,0 +1,109 @@
+"""Pretraining runs of a model of 0.2 M parameters on random ECG tokens, in forked ranks: about three seconds each."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Started:
+    """A run under way. `wait()` gives the exit codes of its ranks; `text()` what they printed."""
+
+    pids: list[int]
+    log: Path
+    process: subprocess.Popen
+    codes: list[int] = field(default_factory=list)
+
+    def wait(self) -> list[int]:
+        if not self.codes:
+            self.codes = json.loads(self.process.stdout.readline())
+        return self.codes
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def fork():
+    """fork(world, argv, log, before=[...], **environment) -> Started; one at a time."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.zygote"], cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+    def start(world: int, argv: list, log: Path, before: list[str] | None = None, **more) -> Started:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            more = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": s.getsockname()[1], **more}
+        order = {"world": world, "argv": list(map(str, argv)), "log": str(log), "before": before or [], "environment": more}
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        while not (line := process.stdout.readline()).startswith("["):  # what the imports print
+            assert process.poll() is None, "the zygote is dead"
+        return Started(json.loads(line), log, process)
+
+    yield start
+    process.stdin.close()
+    process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """Folder with `shards` (48 ECGs in train, 6 in valid, with reports of different lengths) and `backbone`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from toolkit.lm.backbone import load_backbone
+    from toolkit.shards.writer import write_index, write_split
+
+    out, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    (out / "shards").mkdir()
+    words = "sinus rhythm normal ecg atrial fibrillation left bundle branch block old infarction".split()
+
+    def samples(split, n):
+        for i in range(n):
+            codes = (rng.integers(0, 40) + np.arange(313) * 7 + rng.integers(0, 30, 313)) % 1296
+            report = " ".join(rng.choice(words, rng.integers(1, 30)))
+            yield f"{split}_{i:03d}", codes.astype(np.uint16)[None], {"report": report, "gains": [[0.1] * 12]}
+
+    splits = {name: write_split(out / "shards", name, samples(name, n), 16) for name, n in (("train", 48), ("valid", 6))}
+    write_index(out / "shards", splits, kind="tokens", codes=1296, levels=[6, 6, 6, 6], tokenizer="0" * 16)
+    _, tokenizer = load_backbone("tiny", lambda: words * 20, 0)
+    for name, tied in (("backbone", True), ("untied", False)):
+        model = LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                        num_key_value_heads=1, tie_word_embeddings=tied, max_position_embeddings=512)  # fmt: skip
+        )
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+    return out
+
+
+@pytest.fixture(scope="session")
+def exact_configs(tmp_path_factory):
+    """{stage: path} of ds_configs whose ZeRO-3 cuts even the smallest parameter."""
+    folder = tmp_path_factory.mktemp("ds_configs")
+    for stage in range(4):
+        config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
+        if stage == 3:
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (folder / f"zero{stage}.json").write_text(json.dumps(config))
+    return {stage: folder / f"zero{stage}.json" for stage in range(4)}
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """step -> training loss, as log.jsonl has it; a step that is there twice fails."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    assert len(dict(found)) == len(found), "a step was logged twice"
+    return dict(found)

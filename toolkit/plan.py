@@ -1,0 +1,192 @@
+"""Before anything is submitted: steps, tokens, memory for each ZeRO preset, time and GPU-hours of a pretraining run.
+
+python -m toolkit.plan --recipe recipes/llama3.2-3b-pretrain.yaml --world 16
+python -m toolkit.plan --backbone tiny --deepspeed ds_configs/zero2.json --shards runs/demo/shards --world 2
+
+Takes all arguments of launchers/pretrain.py, which overrides the recipe's. Nothing is loaded: the backbone is its shape. No GPU is needed.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout, amid the JSON, that it found no GPU
+
+import numpy as np
+import torch
+
+from launchers.pretrain import PretrainArguments  # the plan takes what the launcher takes
+from toolkit.errors import UserError, exit_2_on_user_error
+from toolkit.lm.flops import GPUS, row_flops
+from toolkit.lm.shapes import shape_of
+from toolkit.lm.trainable import choose_trainable
+from toolkit.shards.packing import Packed, pack
+from toolkit.shards.reader import locate
+from toolkit.tasks.data import ecgs_per_row
+from toolkit.tasks.prompts import ecg_ids, forecast_group
+from toolkit.tasks.windows import window_groups, window_starts
+from toolkit.tokenizer.tokenizer import ECGTokenizer
+from toolkit.training import ds_config
+from toolkit.training.arguments import arg, parse
+from toolkit.training.memory_plan import activation_bytes, layer_bytes, loss_bytes, state_bytes
+
+MIMIC = 800_035  # records of MIMIC-IV-ECG 1.0
+CODES = 6**4  # without --shards: the tokenizer's default
+PRESETS = Path(__file__).resolve().parents[1] / "ds_configs"
+NAMES = ("zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+@dataclass(kw_only=True)
+class PlanArguments(PretrainArguments):
+    shards: str | None = arg("Token shards, for the number of ECGs and of codes.", None)
+    output_dir: str = arg("Not written.", "")
+    deepspeed: str = arg("The preset that is marked, among all that are shown.", str(PRESETS / "zero2.json"))
+    ecgs: int | None = arg(f"ECGs to train on. Default: those of the shards' train split, else {MIMIC:,} (MIMIC-IV-ECG).", None)
+    world: int = arg("GPUs (ranks).", 1)
+    gpu: Literal[tuple(GPUS)] = arg("Which, for its memory and its peak FLOPS.", "h100")
+    mfu: float = arg("Share of the peak that the run is assumed to reach.", 0.4)
+    json: bool = arg("Print JSON.", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.world < 1 or (self.ecgs is not None and self.ecgs < 1):
+            raise UserError("--world and --ecgs must be at least 1")
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu must be a share above 0 and at most 1, not {self.mfu}")
+        if self.precision == "bf16" and not GPUS[self.gpu].bf16:
+            raise UserError(f"--precision bf16: --gpu {self.gpu} has no bf16; use fp32")
+
+
+def make_plan(args: PlanArguments) -> dict:
+    """All figures, bytes and seconds. Raises UserError naming the argument."""
+    index = locate(args.shards, "--shards", cache=args.shard_cache, cache_gb=args.shard_cache_gb)[2] if args.shards else {}
+    splits = index.get("splits", {"train": {"samples": MIMIC}})
+    if "train" not in splits:
+        raise UserError(f"--shards: {args.shards} has no split train")
+    ecgs, codes = args.ecgs or splits["train"]["samples"], index.get("codes", CODES)
+    gpu, bf16 = GPUS[args.gpu], args.precision != "fp32" and GPUS[args.gpu].bf16 is not None
+    base, tokenizer, vocabulary = shape_of(args.backbone, codes, args.gain_tokens)
+    config, hidden_size = base.config.get_text_config(), base.config.get_text_config().hidden_size
+    with torch.device("meta"):
+        lm = choose_trainable(base, vocabulary, args.train)
+    head_rows = len(vocabulary.code_rows) if args.head == "ecg" else None
+    total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad or everything) for everything in (True, False))
+
+    one = ecg_row(args.objective, tokenizer, vocabulary)
+    per_row = ecgs_per_row(len(one.input_ids), args.seq_len)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world
+    steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * ecgs / (rows * per_row))
+    step_flops = row_flops(lm, head_rows)(one) * rows * per_row
+    peak = 1e12 * (gpu.bf16 if bf16 else gpu.fp32)
+    step_seconds = step_flops / (peak * args.world * args.mfu)
+
+    lm.to(torch.bfloat16 if bf16 else torch.float32)
+    size, tokens = 2 if bf16 else 4, args.per_device_train_batch_size * per_row * len(one.input_ids)
+    layer = layer_bytes(base, tokens)
+    modes = list(dict.fromkeys(["none", "every_2", "full", args.gradient_checkpointing]))
+    activations = {how: activation_bytes(layer, config.num_hidden_layers, tokens * hidden_size * size, how) for how in modes}
+    head = base.get_output_embeddings().weight
+    loss = loss_bytes(head_rows or len(head), hidden_size, head.requires_grad, bf16)
+    return {
+        "backbone": args.backbone, "objective": args.objective, "train": args.train, "precision": "bf16" if bf16 else "fp32",
+        "world": args.world, "gpu": args.gpu, "gpu_memory": gpu.memory * 10**9, "peak_flops": peak, "mfu": args.mfu,
+        "reports_not_counted": args.report_targets == "yes"
+        or (args.report_targets == "auto" and args.backbone == "tiny" and args.objective == "causal" and head_rows is None),
+        "gradient_checkpointing": args.gradient_checkpointing, "ecgs": ecgs, "epochs": args.num_train_epochs, "seq_len": args.seq_len,
+        "parameters": total, "trained": trained, "vocabulary": len(head),
+        "tokens_per_ecg": len(one.input_ids), "targets_per_ecg": len(one.targets), "ecgs_per_row": per_row,
+        "rows_per_step": rows, "ecgs_per_step": rows * per_row, "tokens_per_step": rows * per_row * len(one.input_ids),
+        "steps": steps, "ecgs_in_all": steps * rows * per_row, "tokens_in_all": steps * rows * per_row * len(one.input_ids),
+        "step_flops": step_flops, "step_seconds": step_seconds, "seconds": steps * step_seconds, "gpu_hours": steps * step_seconds * args.world / 3600,
+        "checkpoint": (14 if bf16 else 16) * trained, "export": size * total,
+        "activations": activations, "loss": loss, "presets": {name: preset(args, path, total, trained, bf16, hidden_size) for name, path in presets(args)},
+    }  # fmt: skip
+
+
+def ecg_row(objective: str, tokenizer, vocabulary) -> Packed:
+    """The sequences of one ECG of 10 s, as toolkit/tasks/data.py makes them."""
+    codes, gains = np.zeros((1, ECGTokenizer.tokens_per_ecg), np.uint16), np.ones((1, 12))
+    if objective == "causal":
+        return pack([forecast_group(tokenizer, vocabulary, codes, gains)])
+    ids = ecg_ids(tokenizer, vocabulary, codes, gains)
+    opening, tokens, _ = np.split(ids, [-1 - codes.size, -1])
+    return pack(window_groups(opening, tokens, window_starts(codes.size, 0, 0, 0)))
+
+
+def presets(args: PlanArguments) -> list[tuple[str, Path]]:
+    """Name and file of each ZeRO preset, and of --deepspeed if it is another file."""
+    shipped = {name: PRESETS / f"{name}.json" for name in NAMES}
+    chosen = Path(args.deepspeed)
+    own = {} if chosen.resolve() in shipped.values() else {str(chosen): chosen}
+    return list({**shipped, **own}.items())
+
+
+def preset(args: PlanArguments, path: Path, total: int, trained: int, bf16: bool, hidden_size: int) -> dict:
+    """Bytes per rank, or why a run would refuse this configuration."""
+    chosen = path.resolve() == Path(args.deepspeed).resolve()
+    try:
+        zero = ds_config.resolve(str(path), args, args.world, bf16, hidden_size)["zero_optimization"]
+    except UserError as error:
+        if chosen:
+            raise
+        return {"chosen": False, "refused": str(error).rsplit(": ", 1)[-1]}
+    return {"chosen": chosen, **dataclasses.asdict(state_bytes(zero, total, trained, args.world, bf16))}
+
+
+def text(plan: dict) -> str:
+    """The plan as it is printed; GB are 10^9 bytes."""
+    gb = lambda number: f"{number / 1e9:,.1f}"
+    lines = [
+        f"{plan['backbone']}: {plan['objective']}, train {plan['train']}, {plan['precision']}, {plan['world']} x {plan['gpu']} of {gb(plan['gpu_memory'])} GB",
+        f"parameters     {plan['parameters']:,}, trained {plan['trained']:,}; vocabulary {plan['vocabulary']:,}",
+        f"one step       {plan['ecgs_per_step']:,} ECGs, {plan['tokens_per_step']:,} tokens: {plan['rows_per_step']} rows of {plan['ecgs_per_row']} ECGs"
+        f" ({plan['ecgs_per_row'] * plan['tokens_per_ecg']:,} of {plan['seq_len']:,} tokens)",
+        f"in all         {plan['steps']:,} steps, {plan['ecgs_in_all']:,} ECGs ({plan['epochs']:g} x {plan['ecgs']:,}), {plan['tokens_in_all']:,} tokens",
+        f"time           {_hours(plan['seconds'])}, {plan['gpu_hours']:,.1f} GPU-hours, {plan['step_seconds']:.2f} s a step,"
+        f" if {100 * plan['mfu']:g} % of {plan['peak_flops'] / 1e12:,.0f} TFLOPS are reached (--mfu); validation and checkpoints not counted",
+        f"on disk        {gb(plan['checkpoint'])} GB a checkpoint, {gb(plan['export'])} GB the model",
+        "",
+        f"GB a rank      {'weights':>9}{'gradients':>11}{'optimizer':>11}{'buffers':>9}{'host':>9}   all, by --gradient_checkpointing",
+        f"{'':64}" + "".join(f"{how:>11}" for how in plan["activations"]),
+    ]
+    for preset_name, state in plan["presets"].items():
+        mark = "*" if state["chosen"] else " "
+        if "refused" in state:
+            lines.append(f"{mark} {preset_name:13}  refused: {state['refused']}")
+            continue
+        fixed = state["weights"] + state["gradients"] + state["optimizer"] + state["buffers"] + plan["loss"]
+        ends = "".join(f"{gb(fixed + a):>10}{'!' if fixed + a > plan['gpu_memory'] else ' '}" for a in plan["activations"].values())
+        numbers = zip((9, 11, 11, 9, 9), (state[part] for part in ("weights", "gradients", "optimizer", "buffers", "host")))
+        lines.append(f"{mark} {preset_name:13}" + "".join(f"{gb(number):>{width}}" for width, number in numbers) + ends)
+    parts = ", ".join(f"{gb(number)} ({how})" for how, number in plan["activations"].items())
+    lines += [
+        "",
+        f"All: with activations of {parts}, and {gb(plan['loss'])} for the loss. Planned by formula, with eager kernels; nothing was run.",
+        "*: --deepspeed. !: does not fit the GPU. host: memory of the node, per rank.",
+    ]
+    if plan["reports_not_counted"]:
+        lines.append("The run predicts reports too (--report_targets): their tokens, and the ECGs that they displace from a row, are not counted.")
+    return "\n".join(lines)
+
+
+def _hours(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+@exit_2_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
+    args = parse(PlanArguments, __doc__, argv)
+    plan = make_plan(args)
+    print(json.dumps(plan, indent=2) if args.json else text(plan))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

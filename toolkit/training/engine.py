@@ -1,0 +1,99 @@
+"""The DeepSpeed engine, and one optimizer step on it."""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from toolkit.shards.order import Data, MicroBatch
+from toolkit.training import checkpoint
+from toolkit.training.arguments import TrainingArguments
+from toolkit.training.distributed import Ranks, sum_over_ranks
+
+
+@dataclass
+class Taken:
+    """What an optimizer step did: the mean loss over the global batch, the norm of its gradients before clipping, whether it changed the weights."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    keys: list[str]  # of the samples whose loss is not finite; of all samples of the step if it was skipped and none is to blame
+
+
+def build_engine(model: torch.nn.Module, args: TrainingArguments, config: dict):
+    """`deepspeed.initialize` with torch's own fused AdamW (DeepSpeed's fused ones compile for a minute on the first run)."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrix = lambda p: len(getattr(p, "ds_shape", p.shape)) >= 2  # a parameter born sharded has no shape of its own
+    groups = [
+        {"params": [p for p in trainable if matrix(p)], "weight_decay": args.weight_decay},
+        {"params": [p for p in trainable if not matrix(p)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    checkpoint.watch_files(engine)
+    engine.clip_fp32_gradients = lambda: None  # of ZeRO stage 0, which `take_step` does: DeepSpeed's fails where a step has no gradients
+    return engine
+
+
+def take_step(engine, loss: Callable, micro: list[MicroBatch], targets: float, ranks: Ranks, data: Data, samples: list[list[int]]) -> Taken:
+    """Collective. Forward, backward and update over the micro-batches of this rank; `targets` are those of the global batch.
+
+    A step whose gradients are not finite changes no weight at any ZeRO stage.
+    """
+    summed = torch.zeros(len(micro), device=ranks.device)
+    own_norm = None
+    for k, batch in enumerate(micro):
+        value = loss(engine, batch.inputs)
+        engine.backward(value * (ranks.world * len(micro) / targets))  # DeepSpeed divides by ranks and micro-batches
+        if k == len(micro) - 1 and engine.optimizer is engine.basic_optimizer:
+            own_norm = _clip(engine.module, engine.gradient_clipping())  # ZeRO stage 0 in fp32: DeepSpeed would step on what is not finite
+        engine.step()
+        summed[k] = value.detach()
+    mean = sum_over_ranks([summed.sum().item()], ranks.device)[0] / targets
+    norm = own_norm if own_norm is not None else float(engine.get_global_grad_norm())
+    applied = engine.was_step_applied() and (own_norm is None or math.isfinite(own_norm))
+    keys = [] if applied and math.isfinite(mean) else _suspects(data, samples, summed.isfinite().tolist(), ranks)
+    return Taken(mean, norm, applied, keys)
+
+
+def _clip(module: torch.nn.Module, max_norm: float) -> float:
+    """Norm of the averaged gradients, the same on every rank, and clip them; drops them if it is not finite, so that AdamW passes over all parameters."""
+    held = [p for p in module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in held])
+    if not norm.isfinite():
+        for p in held:
+            p.grad = None
+    elif max_norm:
+        torch.nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+    return norm.item()
+
+
+def _suspects(data: Data, samples: list[list[int]], finite: list[bool], ranks: Ranks) -> list[str]:
+    """Collective. Keys of the samples in micro-batches without a finite loss, or of all if there is no such micro-batch."""
+    every: list = [None] * ranks.world
+    dist.all_gather_object(every, [([data.key(i) for i in part], good) for part, good in zip(samples, finite)])
+    parts = [part for of_rank in every for part in of_rank]
+    bad = [key for keys, good in parts if not good for key in keys]
+    return bad or [key for keys, _ in parts for key in keys]
+
+
+def learning_rate(args: TrainingArguments, step: int, last: int) -> float:
+    """Linear warm-up that starts above zero, then half a cosine to zero."""
+    if step < args.warmup_steps:
+        return args.learning_rate * (step + 1) / args.warmup_steps
+    return args.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - args.warmup_steps) / max(1, last - args.warmup_steps)))
+
+
+def set_learning_rate(engine, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout from (seed, step, rank): a resumed run needs no stored generator state."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little"))
