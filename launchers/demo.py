@@ -23,7 +23,7 @@ COMPLETE = {  # stage -> the file it writes last
 }  # fmt: skip
 # sized for ten minutes on two cores; everything not said here is the launchers' default
 TOKENIZER = ["--max_steps", 90, "--per_device_train_batch_size", 8, "--max_eval_samples", 32]
-PRETRAIN = ["--max_steps", 150, "--per_device_train_batch_size", 4, "--max_eval_samples", 32]
+PRETRAIN = ["--max_steps", 150, "--seq_len", 1500, "--max_eval_samples", 32]  # 4 ECGs a row
 INSTRUCT = ["--max_steps", 290, "--per_device_train_batch_size", 3, "--logging_steps", 10, "--max_eval_samples", 32]
 
 

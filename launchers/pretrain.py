@@ -26,13 +26,14 @@ from toolkit.lm.model import PackedLM
 from toolkit.lm.show import look
 from toolkit.lm.trainable import choose_trainable, merged_state
 from toolkit.lm.vocabulary import ecg_vocabulary, extend
+from toolkit.shards.order import spaced
 from toolkit.shards.statistics import bigram_entropy, unigram_entropy
 from toolkit.tasks.data import ForecastData
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
 from toolkit.training.distributed import launcher, start
 from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, open_shards
-from toolkit.training.validation import fixed_subset, mean_loss
+from toolkit.training.validation import mean_loss
 from toolkit.training.zero3 import place_backbone, whole_state
 
 WORDS = Path(__file__).resolve().parents[1] / "toolkit" / "lm" / "clinical_words.txt"
@@ -92,7 +93,7 @@ def main() -> None:
     packed = PackedLM(lm, kernels.apply(lm, args.kernels, ranks.device), head_rows)
     data = ForecastData(shards, tokenizer, vocabulary, reports, args.objective, args.seq_len, args.seed)
     valid = ForecastData(valid_shards, tokenizer, vocabulary)
-    chosen = fixed_subset(len(valid), args.max_eval_samples)
+    chosen = spaced(len(valid), args.max_eval_samples)
     entropies = {name: f(shards, valid_shards, chosen, vocabulary.codes) for name, f in (("unigram", unigram_entropy), ("bigram", bigram_entropy))}
     ecg_tokenizer = tokenizer_of(valid_shards) if "tokenizer_files" in shards.index else None
 

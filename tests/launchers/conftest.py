@@ -48,9 +48,9 @@ def line(tmp_path_factory):
     check(run(*python, "sharding.shard_tasks", "reports", "--shards", shards, "--out", tasks))
     check(deepspeed("launchers/pretrain.py", *zero[2], "--backbone", "tiny", "--shards", shards, "--output_dir", out / "pretrain",
                     "--max_steps", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--precision", "fp32",
-                    "--gain_tokens", "true"))  # fmt: skip
+                    "--gain_tokens", "true", "--seq_len", 600))  # fmt: skip
     check(deepspeed("launchers/instruct.py", *zero[2], "--backbone", out / "pretrain", "--shards", tasks, "--output_dir", out / "instruct",
-                    "--max_steps", 3, "--gradient_checkpointing", "true"))  # fmt: skip
+                    "--max_steps", 3, "--gradient_checkpointing", "full"))  # fmt: skip
     check(deepspeed("launchers/evaluate.py", "--model", out / "instruct", "--shards", tasks, "--split", "test", "--output_dir", out / "evaluate",
                     "--max_new_tokens", 8))  # fmt: skip
     return out

@@ -44,6 +44,7 @@ def test_a_run_folder_holds_what_it_should(line, stage):
     assert [step for step, _ in logged] == list(range(1, steps + 1))
     assert np.allclose([value for _, value in logged], [entry["loss"] for entry in log])
     assert (stage == "tokenizer") or "samples/text_summary" in events.Tags()["tensors"]
+    assert (stage != "pretrain") or ("continued/1" in events.Tags()["images"] and "tokens/predicted" in events.Tags()["histograms"])
     config = json.loads((folder / "ds_config.json").read_text())
     assert "auto" not in json.dumps(config) and config["train_batch_size"] == {"tokenizer": 4, "pretrain": 8, "instruct": 4}[stage]
     assert json.loads((folder / "arguments.json").read_text())["output_dir"] == str(folder)
@@ -96,7 +97,7 @@ def pretrain_again(line, out, ranks, accumulation, *more):
     """The pretraining of `line` with the same global batch cut for another number of ranks."""
     return deepspeed("launchers/pretrain.py", "--deepspeed", "ds_configs/zero2.json", "--backbone", "tiny", "--shards", line / "shards", "--output_dir", out,
                      "--max_steps", 4, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", accumulation, "--logging_steps", 1,
-                     "--precision", "fp32", "--gain_tokens", "true", *more, ranks=ranks)  # fmt: skip
+                     "--precision", "fp32", "--gain_tokens", "true", "--seq_len", 600, *more, ranks=ranks)  # fmt: skip
 
 
 def test_a_finished_run_started_again_changes_nothing(line):

@@ -94,8 +94,8 @@ def kill_at_random(run, moment: float, folder, writing: bool) -> None:
 def test_a_run_killed_twenty_times_is_the_run_that_was_not(fork, arguments, tmp_path):
     more = dict(steps=40, save_steps=2, eval_steps=15)
     straight, killed, draw = tmp_path / "straight", tmp_path / "killed", random.Random(0)
-    started = time.time()
-    assert fork(2, arguments(straight, **more), tmp_path / "straight.log").wait() == [0, 0], (tmp_path / "straight.log").read_text()[-4000:]
+    run, started = fork(2, arguments(straight, **more), tmp_path / "straight.log"), time.time()
+    assert run.wait() == [0, 0], run.text()[-4000:]
     length, kills, written = time.time() - started, 0, 0
     while kills < 20:
         run = fork(2, arguments(killed, **more), tmp_path / f"killed-{kills}.log")

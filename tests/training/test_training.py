@@ -9,19 +9,40 @@ import torch
 from toolkit.errors import UserError
 from toolkit.training import checkpoint, ds_config
 from toolkit.training.arguments import TrainingArguments, parse
-from toolkit.training.loop import _learning_rate, _prefetch, _seed_step
+from toolkit.training.batches import prefetch
+from toolkit.training.distributed import Ranks
+from toolkit.training.engine import learning_rate, seed_step
+from toolkit.training.resume import batch_split
 
 
 def arguments(**changes):
     return TrainingArguments(**{"output_dir": "x", "deepspeed": "y", "learning_rate": 1e-3, **changes})
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2"])
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_presets_resolve_without_an_auto_left(name):
-    config = ds_config.resolve(f"ds_configs/{name}.json", arguments(per_device_train_batch_size=3, gradient_accumulation_steps=2), 4, True)
+    accumulation = 1 if name == "zero0" else 2
+    args = arguments(per_device_train_batch_size=3, gradient_accumulation_steps=accumulation)
+    config = ds_config.resolve(f"ds_configs/{name}.json", args, 4, True, hidden_size=100)
     assert "auto" not in json.dumps(config)
-    assert (config["train_batch_size"], config["gradient_clipping"], config["bf16"]["enabled"]) == (24, 1.0, True)
-    assert config["zero_optimization"]["stage"] == int(name[-1]) and config["data_types"]["grad_accum_dtype"] == "fp32"
+    assert (config["train_batch_size"], config["gradient_clipping"], config["bf16"]["enabled"]) == (12 * accumulation, 1.0, True)
+    zero = config["zero_optimization"]
+    assert zero["stage"] == int(name[4]) and config["data_types"].get("grad_accum_dtype") == (None if name == "zero0" else "fp32")
+    sizes = [zero.get(key) for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")]
+    assert sizes == ([10000, 9000, 1000] if zero["stage"] == 3 else [None] * 3)
+
+
+def test_the_split_of_a_step_over_other_ranks():
+    """(asked per rank and micro-batch, asked micro-batches) on a run of 24 rows a step, which 2 ranks began as 4 x 3."""
+    batch = {"rows": 24, "asked": [4, 3]}
+    for world, split in {2: (4, 3), 1: (4, 6), 3: (4, 2), 4: (3, 2), 6: (4, 1), 8: (3, 1), 12: (2, 1), 24: (1, 1)}.items():
+        args = arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3)
+        assert batch_split(args, world, batch) == split and world * math.prod(split) == 24
+    assert batch_split(arguments(per_device_train_batch_size=2, gradient_accumulation_steps=6), 2, batch) == (2, 6)  # other words for the same steps
+    with pytest.raises(UserError, match="24 rows, which 5 ranks cannot share"):
+        batch_split(arguments(per_device_train_batch_size=4, gradient_accumulation_steps=3), 5, batch)
+    with pytest.raises(UserError, match="--per_device_train_batch_size 8 x --gradient_accumulation_steps 3 x 2 ranks are 48 rows"):
+        batch_split(arguments(per_device_train_batch_size=8, gradient_accumulation_steps=3), 2, batch)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +54,12 @@ def test_presets_resolve_without_an_auto_left(name):
         ('{"torch_autocast": {}}', "remove 'torch_autocast'"),
         ('{"train_batch_size": 7}', "train_batch_size is 7, the arguments say 8"),
         ('{"bf16": {"enabled": true}}', "bf16.enabled is True, this run's weights are fp32"),
-        ('{"zero_optimization": {"stage": 3}}', "stage 3 is not supported yet"),
+        ('{"checkpoint": {"load_universal": true}}', "remove 'checkpoint'"),
+        ('{"gradient_clip": 1.0}', "'gradient_clip' is unknown to the trainers, did you mean 'gradient_clipping'?"),
+        ('{"zero_optimization": {"stage": 4}}', "stage must be one of"),
+        ('{"zero_optimization": {"stage": 2, "overlap_com": true}}', "zero_optimization.overlap_com: extra inputs are not permitted"),
+        ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "use cpu"),
+        ('{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}', "grad_accum_dtype must be fp32"),
         ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', "no argument decides 'zero_optimization.reduce_bucket_size'"),
     ],
 )
@@ -45,14 +71,14 @@ def test_configurations_that_would_be_ignored_are_refused(tmp_path, text, messag
 
 def test_schedule_warms_up_from_above_zero_and_ends_at_zero():
     args = arguments(warmup_steps=4)
-    rates = [_learning_rate(args, step, 20) for step in range(20)]
+    rates = [learning_rate(args, step, 20) for step in range(20)]
     assert rates[:4] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
     assert rates[4:] == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * k / 16)) for k in range(16)])
 
 
 def test_dropout_differs_by_step_and_rank_and_repeats():
     def draw(*place):
-        _seed_step(*place)
+        seed_step(*place)
         return torch.rand(3).tolist()
 
     assert draw(0, 1, 0) == draw(0, 1, 0)
@@ -64,7 +90,7 @@ def test_an_error_while_batches_are_made_reaches_the_loop():
         yield 1
         raise UserError("a shard is damaged")
 
-    batches = _prefetch(source())
+    batches = prefetch(source())
     assert next(batches) == 1
     with pytest.raises(UserError, match="damaged"):
         next(batches)
@@ -83,7 +109,8 @@ def test_an_unknown_argument_exits_with_2(capsys):
 
 
 def test_a_pointer_that_leads_nowhere_is_named(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    alone = Ranks(0, 1, torch.device("cpu"))
+    assert checkpoint.newest(tmp_path, alone) is None
     (tmp_path / "latest").write_text("checkpoint-7")
-    with pytest.raises(UserError, match="points to checkpoint-7, which is damaged"):
-        checkpoint.newest(tmp_path)
+    with pytest.raises(UserError, match="latest points to nothing: no checkpoint is left"):
+        checkpoint.newest(tmp_path, alone)

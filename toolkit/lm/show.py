@@ -10,6 +10,7 @@ from transformers import DynamicCache
 from toolkit.ecg.leads import SAMPLING_RATE
 from toolkit.ecg.plot import GRID, HEIGHT, SPEED, TRACE_LEFT, draw_ecg
 from toolkit.lm.attention import plain_attention
+from toolkit.shards.order import spaced
 from toolkit.shards.packing import pack
 from toolkit.shards.reader import Shards
 from toolkit.shown import Shown
@@ -55,11 +56,6 @@ def look(engine, tokenizer, vocabulary: ECGVocabulary, shards: Shards, ecg_token
     true, predicted = next_codes(engine, tokenizer, vocabulary, shards)
     counts = {"tokens/true": np.bincount(true, minlength=vocabulary.codes), "tokens/predicted": np.bincount(predicted, minlength=vocabulary.codes)}
     return Shown({"samples": "\n\n".join(texts)}, images, counts)
-
-
-def spaced(n: int, limit: int) -> list[int]:
-    """At most `limit` of n samples, evenly spaced."""
-    return [i * n // min(n, limit) for i in range(min(n, limit))]
 
 
 def go_on(lm, vocabulary: ECGVocabulary, given: np.ndarray, count: int, generator: torch.Generator | None = None) -> np.ndarray:

@@ -48,6 +48,11 @@ def sample_at(seed: int, n: int, position: int) -> tuple[int, int]:
     return epoch, int(_permutation(seed, epoch, n)[offset])
 
 
+def spaced(n: int, limit: int) -> list[int]:
+    """At most `limit` of n samples, evenly spaced: the first ones would be the oldest recordings."""
+    return [i * n // min(n, limit) for i in range(min(n, limit))]
+
+
 def micro_batches(cursor: int, micro_batch: int, accumulation: int, rank: int, world: int) -> list[range]:
     """Positions of each micro-batch of rank `rank` in the step that starts at `cursor`; over the ranks they tile the global batch."""
     starts = (cursor + (i * world + rank) * micro_batch for i in range(accumulation))
