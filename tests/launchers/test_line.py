@@ -108,6 +108,13 @@ def test_a_finished_run_started_again_changes_nothing(line):
     assert ((folder / "model.safetensors").stat().st_mtime_ns, (folder / "log.jsonl").read_text()) == before
 
 
+def test_the_launcher_passes_on_that_a_run_was_stopped(line, tmp_path):
+    (tmp_path / "STOP").touch()
+    done = pretrain_again(line, tmp_path, 2, 2)
+    assert done.returncode == 85 and "stopped on request after step 0 of 4" in done.stdout, done.stdout[-3000:]
+    assert not (tmp_path / "STOP").exists() and not (tmp_path / "train_results.json").exists()
+
+
 def test_the_loss_does_not_depend_on_how_ranks_cut_the_batch(line, tmp_path):
     """Reports make the ranks' numbers of targets differ, so a mean of rank means would show here."""
     done = pretrain_again(line, tmp_path / "one", 1, 4)

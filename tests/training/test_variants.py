@@ -40,7 +40,7 @@ def stop(*given):
 loop.take_step = stop
 """
 VARIANTS = {
-    "zero0": {},
+    "zero0": {"precision": "bf16"},
     "zero1": {"precision": "bf16"},
     "zero2, untied": {"backbone": "untied", "kernels": "eager", "gradient_checkpointing": "full"},
     "zero3": {"gradient_checkpointing": "every_2"},

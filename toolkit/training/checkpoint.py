@@ -88,7 +88,7 @@ def _prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
     older = [s for s in steps if s <= step]
     kept = set(older[-keep:]) | {s for s in older if keep_every and s % keep_every == 0}
     for s in set(steps) - kept:  # also those beyond this step, which a killed run left behind
-        shutil.rmtree(folder / f"checkpoint-{s}")
+        shutil.rmtree(folder / f"checkpoint-{s}", ignore_errors=True)  # what is left is damaged, and deleted with the next
 
 
 def newest(folder: Path, ranks: Ranks) -> dict | None:

@@ -35,6 +35,8 @@ def build_engine(model: torch.nn.Module, args: TrainingArguments, config: dict):
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for moments in engine.basic_optimizer.state.values():
+        moments["step"].zero_()  # at stage 0 in bf16 DeepSpeed makes the moments by a step without gradients and counts it: the first was 0.73 of AdamW's
     checkpoint.watch_files(engine)
     engine.clip_fp32_gradients = lambda: None  # of ZeRO stage 0, which `take_step` does: DeepSpeed's fails where a step has no gradients
     return engine

@@ -163,7 +163,7 @@ def _leave(engine, args: TrainingArguments, run: Run, state: dict, saved: int, l
         raise UserError(f"--output_dir: asked to stop at step {state['step']}, which could not be saved; the newest checkpoint is that of step {saved}")
     if log:
         stop.answered(run.folder)
-        tqdm.write(f"asked to stop: saved at step {state['step']} of {run.last}; the same command goes on from here")
+        tqdm.write(f"stopped on request after step {state['step']} of {run.last}, which is saved; the same command goes on from here")
         log.close()
     raise stop.Requeue
 

@@ -15,7 +15,8 @@ RESULTS = "train_results.json"  # written last: a run folder that holds it is co
 FREE = {
     "output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "keep_every", "max_skipped", "profile",
     "max_steps", "num_train_epochs", "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
-    "per_device_train_batch_size", "gradient_accumulation_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "kernels", "compile",
+    "shards", "manifest",  # their digests are in the identity
 }  # fmt: skip
 
 

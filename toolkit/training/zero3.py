@@ -1,5 +1,6 @@
 """ZeRO-3: models whose parameters are born sharded; and whole state dicts of any stage."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,6 +30,8 @@ def place_backbone(make: Callable[[], Made], args, ranks: Ranks) -> Made:
     if ds_config.read(args.deepspeed)["zero_optimization"]["stage"] < 3:
         return make()
     path = Path(args.output_dir) / MADE
+    if ranks.main and not (path.parent / "latest").is_file():  # of a run that saved nothing, perhaps with other arguments
+        shutil.rmtree(path, ignore_errors=True)
     if ranks.main and not path.is_dir():  # it is whole or not there
         model, tokenizer = make()
         with new_folder(path) as temporary:
