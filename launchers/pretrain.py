@@ -19,7 +19,7 @@ import torch
 from toolkit.errors import UserError
 from toolkit.evaluation.cards import tokenizer_of
 from toolkit.lm import kernels
-from toolkit.lm.backbone import STAMP, check_stamp, load_backbone, save_stamp
+from toolkit.lm.backbone import STAMP, backbone_digest, check_stamp, load_backbone, save_stamp
 from toolkit.lm.checkpointing import checkpoint_layers
 from toolkit.lm.flops import row_flops
 from toolkit.lm.model import PackedLM
@@ -30,7 +30,7 @@ from toolkit.shards.order import spaced
 from toolkit.shards.statistics import bigram_entropy, unigram_entropy
 from toolkit.tasks.data import ForecastData
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
-from toolkit.training.distributed import launcher, start
+from toolkit.training.distributed import launcher, start, sum_over_ranks
 from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, open_shards
 from toolkit.training.validation import mean_loss
@@ -94,7 +94,8 @@ def main() -> None:
     data = ForecastData(shards, tokenizer, vocabulary, reports, args.objective, args.seq_len, args.seed)
     valid = ForecastData(valid_shards, tokenizer, vocabulary)
     chosen = spaced(len(valid), args.max_eval_samples)
-    entropies = {name: f(shards, valid_shards, chosen, vocabulary.codes) for name, f in (("unigram", unigram_entropy), ("bigram", bigram_entropy))}
+    known = [entropy(shards, valid_shards, chosen, vocabulary.codes) if ranks.main else 0.0 for entropy in (unigram_entropy, bigram_entropy)]
+    baselines = dict(zip(("unigram_perplexity", "bigram_perplexity"), map(math.exp, sum_over_ranks(known, ranks.device))))
     ecg_tokenizer = tokenizer_of(valid_shards) if "tokenizer_files" in shards.index else None
 
     def loss(engine, row):
@@ -102,7 +103,7 @@ def main() -> None:
 
     def evaluate(engine) -> dict:
         nats = mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size * data.samples_per_row)
-        return {"eval_loss": nats, "eval_perplexity": math.exp(nats), **{f"{name}_perplexity": math.exp(value) for name, value in entropies.items()}}
+        return {"eval_loss": nats, "eval_perplexity": math.exp(nats) if nats < 700 else math.inf, **baselines}
 
     def show(engine):
         return look(engine, tokenizer, vocabulary, valid_shards, ecg_tokenizer)
@@ -114,8 +115,11 @@ def main() -> None:
             tokenizer.save_pretrained(folder)
             save_stamp(folder, shards.index, knows_text)
 
-    identity, flops = {"shards digest": shards.digest, "skipped shards": skipped}, row_flops(lm, head_rows and len(head_rows))
+    identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": backbone_digest(args.backbone, model)}
+    flops = row_flops(lm, head_rows and len(head_rows))
     train(args, Job(packed, data, loss, evaluate, export, identity, show, flops, hidden_size), ranks, "pretrain")
+    if ranks.main and data.cut_reports:
+        print(f"{data.cut_reports} reports on rank 0 were longer than {data.report_room} tokens and were cut, so that rows keep to --seq_len")
 
 
 if __name__ == "__main__":

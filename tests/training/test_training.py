@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from toolkit.errors import UserError
 from toolkit.training import checkpoint, ds_config
 from toolkit.training.arguments import TrainingArguments, parse
 from toolkit.training.batches import prefetch
 from toolkit.training.distributed import Ranks
-from toolkit.training.engine import learning_rate, seed_step
+from toolkit.training.engine import _seed_dropout, learning_rate
 from toolkit.training.resume import batch_split
 
 
@@ -57,6 +58,13 @@ def test_the_split_of_a_step_over_other_ranks():
         ('{"checkpoint": {"load_universal": true}}', "remove 'checkpoint'"),
         ('{"gradient_clip": 1.0}', "'gradient_clip' is unknown to the trainers, did you mean 'gradient_clipping'?"),
         ('{"zero_optimization": {"stage": 4}}', "stage must be one of"),
+        ('{"zero_optimization": {"stage": true}}', "stage must be one of"),
+        ('{"bf16": {"enabled": "auto", "check_grad_overflow": false}}', "remove bf16.check_grad_overflow"),
+        ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', "write offload_optimizer"),
+        ('{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param has no effect at stage 2"),
+        ('{"zero_optimization": {"stage": 1, "stage3_prefetch_bucket_size": 9}}', "has no effect at stage 1"),
+        ('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}', "decides 'zero_optimization.offload_optimizer.device'"),
+        ('{"data_types": {"grad_accum_dtyp": "fp32"}}', "remove data_types.grad_accum_dtyp"),
         ('{"zero_optimization": {"stage": 2, "overlap_com": true}}', "zero_optimization.overlap_com: extra inputs are not permitted"),
         ('{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}', "use cpu"),
         ('{"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}}', "grad_accum_dtype must be fp32"),
@@ -76,9 +84,9 @@ def test_schedule_warms_up_from_above_zero_and_ends_at_zero():
     assert rates[4:] == pytest.approx([0.5e-3 * (1 + math.cos(math.pi * k / 16)) for k in range(16)])
 
 
-def test_dropout_differs_by_step_and_rank_and_repeats():
+def test_dropout_differs_by_step_and_micro_batch_and_repeats():
     def draw(*place):
-        seed_step(*place)
+        _seed_dropout(*place)
         return torch.rand(3).tolist()
 
     assert draw(0, 1, 0) == draw(0, 1, 0)
@@ -109,8 +117,13 @@ def test_an_unknown_argument_exits_with_2(capsys):
 
 
 def test_a_pointer_that_leads_nowhere_is_named(tmp_path):
-    alone = Ranks(0, 1, torch.device("cpu"))
-    assert checkpoint.newest(tmp_path, alone) is None
-    (tmp_path / "latest").write_text("checkpoint-7")
-    with pytest.raises(UserError, match="latest points to nothing: no checkpoint is left"):
-        checkpoint.newest(tmp_path, alone)
+    alone, folder = Ranks(0, 1, torch.device("cpu")), tmp_path / "run"
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        assert checkpoint.newest(folder, alone) is None
+        folder.mkdir()
+        (folder / "latest").write_text("checkpoint-7")
+        with pytest.raises(UserError, match="latest points to nothing: no checkpoint is left"):
+            checkpoint.newest(folder, alone)
+    finally:
+        dist.destroy_process_group()

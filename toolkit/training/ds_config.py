@@ -27,6 +27,18 @@ KNOWN = {
     "comms_logger", "dump_state", "log_level",
 }  # fmt: skip
 STAGES = (0, 1, 2, 3)
+HARMFUL = {  # in bf16 and zero_optimization: what would take a promise back, or has no effect
+    "check_grad_overflow": "without it a step that is not finite would change the weights",
+    "bf16_master_weights_and_grads": "sums and weights of the optimizer are float32",
+    "bf16_optimizer_states": "sums and weights of the optimizer are float32",
+    "zero_quantized_gradients": "sums of gradients are float32",
+    "elastic_checkpoint": "it has no effect: another number of ranks is taken care of by itself",
+    "legacy_stage1": "DeepSpeed has no such optimizer any more",
+    "cpu_offload": "write offload_optimizer, as ds_configs/zero2_offload.json does",
+    "cpu_offload_params": "write offload_param, as ds_configs/zero3_offload.json does",
+    "cpu_offload_use_pin_memory": "write it within offload_optimizer",
+}
+BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def read(path: str) -> dict:
@@ -46,11 +58,21 @@ def read(path: str) -> dict:
             near = difflib.get_close_matches(key, KNOWN, 1)
             raise UserError(f"--deepspeed: {path}: {key!r} is unknown to the trainers, " + (f"did you mean {near[0]!r}?" if near else "remove it"))
     zero = config.setdefault("zero_optimization", {})
-    if zero.setdefault("stage", 0) not in STAGES:
+    for section in ("bf16", "zero_optimization"):
+        for key in HARMFUL.keys() & config.get(section, {}).keys():
+            raise UserError(f"--deepspeed: {path}: remove {section}.{key}: {HARMFUL[key]}")
+    for key in config.get("data_types", {}).keys() - {"grad_accum_dtype"}:
+        raise UserError(f"--deepspeed: {path}: remove data_types.{key}: the trainers know grad_accum_dtype alone")
+    if type(zero.setdefault("stage", 0)) is not int or zero["stage"] not in STAGES:
         raise UserError(f"--deepspeed: {path}: zero_optimization.stage must be one of {STAGES}, not {zero['stage']!r}")
     for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part) and zero["stage"] < (3 if part == "offload_param" else 1):
+            raise UserError(f"--deepspeed: {path}: zero_optimization.{part} has no effect at stage {zero['stage']}; remove it or use a preset that has it")
         if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
             raise UserError(f"--deepspeed: {path}: zero_optimization.{part}.device nvme is not supported: checkpoints would not hold what is there; use cpu")
+    for key in zero:
+        if key.startswith("stage3_") and zero["stage"] < 3:
+            raise UserError(f"--deepspeed: {path}: zero_optimization.{key} has no effect at stage {zero['stage']}; remove it")
     return config
 
 
@@ -61,6 +83,8 @@ def resolve(path: str, args, world: int, bf16: bool, hidden_size: int | None = N
     `args` say. Raises UserError naming the file, the key and the mend.
     """
     config = read(path)
+    if split:  # of another number of ranks: numbers in the file are those of the first start
+        config = {key: value for key, value in config.items() if key not in BATCH}
     micro, accumulation = split or (args.per_device_train_batch_size, args.gradient_accumulation_steps)
     values = {
         "train_micro_batch_size_per_gpu": micro,
@@ -80,8 +104,6 @@ def resolve(path: str, args, world: int, bf16: bool, hidden_size: int | None = N
         raise UserError(f"--deepspeed: {path}: bf16.enabled is {precision['enabled']}, this run's weights are {'bf16' if bf16 else 'fp32'}; write \"auto\"")
 
     zero = config["zero_optimization"]
-    if zero["stage"] == 3 and getattr(args, "compile", False):
-        raise UserError("--compile: ZeRO-3's hooks would be traced and compiled again and again; use ds_configs/zero2.json or leave it out")
     if hidden_size:  # the rules that users know from the Hugging Face Trainer
         rules = {
             "reduce_bucket_size": hidden_size**2,
@@ -95,12 +117,11 @@ def resolve(path: str, args, world: int, bf16: bool, hidden_size: int | None = N
     types["grad_accum_dtype"] = "fp32"
     if zero["stage"] == 0:
         if bf16 and accumulation > 1:  # DeepSpeed has nothing but bf16 sums at stage 0
-            raise UserError(f"--deepspeed: {path}: ZeRO stage 0 would sum the micro-batches' gradients in bf16; use ds_configs/zero1.json")
+            what = "use ds_configs/zero1.json" if split is None else "resume it with as many ranks as before"
+            raise UserError(f"--deepspeed: {path}: ZeRO stage 0 would sum the micro-batches' gradients in bf16; {what}")
         del types["grad_accum_dtype"]
     config["zero_force_ds_cpu_optimizer"] = False
-    left = [f"{k}.{s}" for k, v in config.items() if isinstance(v, dict) for s in v if v[s] == "auto"]
-    left += [k for k, v in config.items() if v == "auto"]
-    if left:
+    if left := _autos(config):
         raise UserError(f"--deepspeed: {path}: no argument decides {left[0]!r}; write a value")
     for section, model in (("zero_optimization", DeepSpeedZeroConfig), ("bf16", DeepSpeedBF16Config)):
         try:
@@ -110,3 +131,9 @@ def resolve(path: str, args, world: int, bf16: bool, hidden_size: int | None = N
             key = ".".join(map(str, (section, *first["loc"])))
             raise UserError(f"--deepspeed: {path}: {key}: {first['msg'].lower()}; remove it or mend it") from None
     return config
+
+
+def _autos(config: dict, before: str = "") -> list[str]:
+    """Names of the settings that are still "auto"."""
+    here = [before + key for key, value in config.items() if value == "auto"]
+    return here + [name for key, value in config.items() if isinstance(value, dict) for name in _autos(value, f"{before}{key}.")]

@@ -4,6 +4,7 @@ The folder is named by its step, and goes only when no checkpoint speaks of it a
 also from an older checkpoint.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -28,7 +29,10 @@ def path_of(folder: Path, best: dict) -> Path:
 
 def sweep(folder: Path, complete: bool = False) -> None:
     """Delete the models that no checkpoint speaks of; all if the run is complete."""
-    known = [] if complete else [json.loads(state.read_text()).get("best") for state in folder.glob(f"checkpoint-*/{STATE}")]
+    known = []
+    for state in () if complete else folder.glob(f"checkpoint-*/{STATE}"):
+        with contextlib.suppress(OSError, ValueError):  # a damaged one
+            known.append(json.loads(state.read_text()).get("best"))
     kept = {path_of(folder, best) for best in known if best}
     for path in folder.iterdir():
         if re.fullmatch(r"\.best-\d+", path.name) and path not in kept:

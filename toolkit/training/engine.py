@@ -26,14 +26,14 @@ class Taken:
 
 
 def build_engine(model: torch.nn.Module, args: TrainingArguments, config: dict):
-    """`deepspeed.initialize` with torch's own fused AdamW (DeepSpeed's fused ones compile for a minute on the first run)."""
+    """`deepspeed.initialize` with torch's own fused AdamW (DeepSpeed's fused ones compile for a minute on the first run). Every step sets its rate."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     matrix = lambda p: len(getattr(p, "ds_shape", p.shape)) >= 2  # a parameter born sharded has no shape of its own
     groups = [
         {"params": [p for p in trainable if matrix(p)], "weight_decay": args.weight_decay},
         {"params": [p for p in trainable if not matrix(p)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for moments in engine.basic_optimizer.state.values():
         moments["step"].zero_()  # at stage 0 in bf16 DeepSpeed makes the moments by a step without gradients and counts it: the first was 0.73 of AdamW's
@@ -42,14 +42,17 @@ def build_engine(model: torch.nn.Module, args: TrainingArguments, config: dict):
     return engine
 
 
-def take_step(engine, loss: Callable, micro: list[MicroBatch], targets: float, ranks: Ranks, data: Data, samples: list[list[int]]) -> Taken:
+def take_step(
+    engine, loss: Callable, micro: list[MicroBatch], targets: float, ranks: Ranks, data: Data, samples: list[list[int]], seed: tuple[int, int]
+) -> Taken:
     """Collective. Forward, backward and update over the micro-batches of this rank; `targets` are those of the global batch.
 
-    A step whose gradients are not finite changes no weight at any ZeRO stage.
+    seed: (of the run, step), what dropout is drawn from. A step whose gradients are not finite changes no weight at any ZeRO stage.
     """
     summed = torch.zeros(len(micro), device=ranks.device)
     own_norm = None
     for k, batch in enumerate(micro):
+        _seed_dropout(*seed, k * ranks.world + ranks.rank)
         value = loss(engine, batch.inputs)
         engine.backward(value * (ranks.world * len(micro) / targets))  # DeepSpeed divides by ranks and micro-batches
         if k == len(micro) - 1 and engine.optimizer is engine.basic_optimizer:
@@ -96,6 +99,7 @@ def set_learning_rate(engine, rate: float) -> None:
         group["lr"] = rate
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout from (seed, step, rank): a resumed run needs no stored generator state."""
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:7], "little"))
+def _seed_dropout(seed: int, step: int, number: int) -> None:
+    """From the micro-batch's place in the global batch: a resumed run needs no stored generator state, and other ranks with as large micro-batches draw
+    the same."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {number}".encode()).digest()[:7], "little"))

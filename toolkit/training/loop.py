@@ -25,7 +25,7 @@ from toolkit.training import checkpoint, early_stopping, stop
 from toolkit.training.arguments import TrainingArguments, as_record
 from toolkit.training.batches import prefetch, steps
 from toolkit.training.distributed import Ranks, sum_over_ranks, wants_bf16
-from toolkit.training.engine import Taken, build_engine, learning_rate, seed_step, set_learning_rate, take_step
+from toolkit.training.engine import Taken, build_engine, learning_rate, set_learning_rate, take_step
 from toolkit.training.log import RunLog
 from toolkit.training.profile import Profiler
 from toolkit.training.resume import RESULTS, Run, find_run
@@ -62,10 +62,11 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             shutil.rmtree(run.folder / MADE, ignore_errors=True)
             print(f"{run.folder} is complete already: {run.results['steps']} steps")
         return run.results
+    asked = stop.listen(run.folder, ranks.main)
     engine, state = _engine(args, job, run, ranks), run.state
     first = state["step"]
     log = RunLog(run.folder, first, run.last, description) if ranks.main else None
-    asked, profiler = stop.listen(run.folder, ranks.main), Profiler(args.profile if ranks.main else None, run.folder)
+    profiler = Profiler(args.profile if ranks.main else None, run.folder)
     batches = prefetch(steps(job.data, args.seed, run.split, ranks.rank, ranks.world, state["samples"], run.last - first))
     peak = peak_flops(ranks.device, bf16)[0] if job.flops else math.inf
     interval, in_a_row, saved = Interval(ranks.device, ranks.world, peak), 0, first
@@ -79,11 +80,11 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
         counts = [sum(getattr(m, n) for m in micro) for n in ("targets", "tokens", "ecgs")]
         targets, tokens, ecgs, flops, stopping = sum_over_ranks([*counts, flops, asked()], ranks.device)
         if stopping:
+            profiler.close()
             _leave(engine, args, run, state, saved, log, ranks)
         rate = learning_rate(args, step, run.last)
         set_learning_rate(engine, rate)
-        seed_step(args.seed, step, ranks.rank)
-        taken = take_step(engine, job.loss, micro, targets, ranks, job.data, samples)
+        taken = take_step(engine, job.loss, micro, targets, ranks, job.data, samples, (args.seed, step))
         seconds = time.perf_counter() - started
         interval.add(taken.loss, targets, tokens, ecgs, flops, seconds, waited)
         in_a_row = in_a_row + 1 if taken.keys else 0
@@ -181,6 +182,7 @@ def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folde
     if not (best and final is best):
         job.export(engine.module, folder)
     if log:
+        stop.answered(folder)  # too late for it to matter
         if best and final is best:
             early_stopping.take(folder, best)
         write_text(folder / RESULTS, json.dumps(results, indent=2))

@@ -12,12 +12,14 @@ from toolkit.training.arguments import TrainingArguments, as_record
 from toolkit.training.distributed import Ranks
 
 RESULTS = "train_results.json"  # written last: a run folder that holds it is complete
+# what may be another in a resumed run; the number of steps, which follows from some of them, may not
 FREE = {
     "output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "keep_every", "max_skipped", "profile",
     "max_steps", "num_train_epochs", "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "kernels", "compile",
     "shards", "manifest",  # their digests are in the identity
 }  # fmt: skip
+LAYOUT = ("round_robin_gradients", "sub_group_size", "zero_hpz_partition_size", "mics_shard_size")  # keys that decide what stands where in a checkpoint
 
 
 @dataclass
@@ -43,7 +45,8 @@ def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_ro
     if saved and "batch" not in saved:
         raise UserError(f"--output_dir: {folder} holds a run of an older version of the toolkit; name a new folder")
     split = batch_split(args, ranks.world, saved["batch"] if saved else None)
-    config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16, hidden_size, split)
+    asked = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16, hidden_size, None if split == asked else split)
     rows = config["train_batch_size"]
     last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * samples / (rows * samples_per_row))
 
@@ -51,19 +54,20 @@ def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_ro
     identity = {name: value for name, value in as_record(args).items() if name not in FREE} | identity
     if args.early_stopping_patience:  # another validation would judge by another measure, more often or more rarely
         identity |= {"eval_steps": args.eval_steps, "max_eval_samples": args.max_eval_samples}
-    identity |= {"steps": last, "bf16": bf16, "ZeRO stage": config["zero_optimization"]["stage"]}
+    zero = config["zero_optimization"]
+    identity |= {"steps": last, "bf16": bf16, "ZeRO stage": zero["stage"], **{f"zero_optimization.{key}": zero.get(key) for key in LAYOUT}}
     for name, value in identity.items() if saved else ():
         if saved["identity"].get(name) != value:
             was = saved["identity"].get(name)
             raise UserError(f"--output_dir: {folder} holds a run with {name} {was}, not {value}; resume it with the same, or name a new folder")
-    batch = saved["batch"] if saved else {"rows": rows, "asked": [args.per_device_train_batch_size, args.gradient_accumulation_steps]}
+    batch = saved["batch"] if saved else {"rows": rows, "asked": list(asked)}
     state = saved or {"step": 0, "samples": 0, "seconds": 0.0, "skipped": 0}
     state |= {"identity": identity, "batch": batch}
     if ranks.main and not results:
         run_folder(folder)
         write_text(folder / "arguments.json", json.dumps(as_record(args), indent=2))
         write_text(folder / "ds_config.json", json.dumps(config, indent=2))
-        if split != (args.per_device_train_batch_size, args.gradient_accumulation_steps):
+        if split != asked:
             print(f"going on with {rows} rows a step: {split[0]} per rank and micro-batch, {split[1]} micro-batches, {ranks.world} ranks", flush=True)
     return Run(folder, config, results, state, split, last)
 

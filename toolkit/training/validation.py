@@ -11,11 +11,14 @@ from toolkit.training.distributed import Ranks, sum_over_ranks
 @torch.no_grad()
 def mean_loss(engine, data: Data, loss: Callable, ranks: Ranks, limit: int, batch_size: int) -> float:
     """Summed loss over the `limit` evenly spaced ECGs of `data`, divided by its targets; collective."""
-    mine = [(0, i) for i in spaced(len(data), limit)[ranks.rank :: ranks.world]]
+    chosen = spaced(len(data), limit)
+    mine, most = chosen[ranks.rank :: ranks.world], -(-len(chosen) // ranks.world)
     summed, targets = 0.0, 0
-    for start in range(0, len(mine), batch_size):
-        batch = data.batch(mine[start : start + batch_size])
-        summed += loss(engine, batch.inputs).item()
-        targets += batch.targets
+    for start in range(0, most, batch_size):  # as many forwards on every rank: under ZeRO-3 each is a collective
+        part = mine[start : start + batch_size]
+        batch = data.batch([(0, i) for i in part or chosen[:1]])
+        value = loss(engine, batch.inputs).item()
+        if part:
+            summed, targets = summed + value, targets + batch.targets
     summed, targets = sum_over_ranks([summed, targets], ranks.device)
     return summed / targets

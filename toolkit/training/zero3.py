@@ -29,6 +29,8 @@ def place_backbone(make: Callable[[], Made], args, ranks: Ranks) -> Made:
     """
     if ds_config.read(args.deepspeed)["zero_optimization"]["stage"] < 3:
         return make()
+    if args.compile:
+        raise UserError("--compile: ZeRO-3's hooks would be traced and compiled again and again; use ds_configs/zero2.json or leave it out")
     path = Path(args.output_dir) / MADE
     if ranks.main and not (path.parent / "latest").is_file():  # of a run that saved nothing, perhaps with other arguments
         shutil.rmtree(path, ignore_errors=True)
@@ -40,7 +42,9 @@ def place_backbone(make: Callable[[], Made], args, ranks: Ranks) -> Made:
         del model
     dist.barrier()
     hidden_size = AutoConfig.from_pretrained(path).hidden_size
-    return _load_sharded(path, ds_config.resolve(args.deepspeed, args, ranks.world, wants_bf16(args), hidden_size)), AutoTokenizer.from_pretrained(path)
+    # the batch matters not here, and a resumed run may cut it in another way than the file says
+    config = ds_config.resolve(args.deepspeed, args, ranks.world, wants_bf16(args), hidden_size, split=(1, 1))
+    return _load_sharded(path, config), AutoTokenizer.from_pretrained(path)
 
 
 def _load_sharded(path: Path, config: dict) -> PreTrainedModel:
