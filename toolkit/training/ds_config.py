@@ -129,7 +129,9 @@ def resolve(path: str, args, world: int, bf16: bool, hidden_size: int | None = N
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, (section, *first["loc"])))
-            raise UserError(f"--deepspeed: {path}: {key}: {first['msg'].lower()}; remove it or mend it") from None
+            near = difflib.get_close_matches(str(first["loc"][-1]), model.model_fields, 1) if first["type"] == "extra_forbidden" else []
+            mend = f"did you mean {near[0]!r}?" if near else "remove it or mend it"
+            raise UserError(f"--deepspeed: {path}: {key}: {first['msg'].lower()}; {mend}") from None
     return config
 
 

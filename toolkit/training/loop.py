@@ -68,7 +68,9 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     log = RunLog(run.folder, first, run.last, description) if ranks.main else None
     profiler = Profiler(args.profile if ranks.main else None, run.folder)
     batches = prefetch(steps(job.data, args.seed, run.split, ranks.rank, ranks.world, state["samples"], run.last - first))
-    peak = peak_flops(ranks.device, bf16)[0] if job.flops else math.inf
+    peak, source = peak_flops(ranks.device, bf16) if job.flops else (math.inf, "")
+    if log and source:
+        tqdm.write(f"MFU is the share of {peak / 1e12:.3g} TFLOPS per rank ({source})")
     interval, in_a_row, saved = Interval(ranks.device, ranks.world, peak), 0, first
 
     for step in range(first, first if state.get("stopped") else run.last):

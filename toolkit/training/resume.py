@@ -5,6 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
 from toolkit.errors import UserError
 from toolkit.files import run_folder, write_text
 from toolkit.training import checkpoint, ds_config
@@ -24,7 +27,8 @@ LAYOUT = ("round_robin_gradients", "sub_group_size", "zero_hpz_partition_size", 
 
 @dataclass
 class Run:
-    """results: of a complete run, else None. state: where to go on. split: (rows per micro-batch, micro-batches per step). last: the number of steps."""
+    """results: of a complete run, else None. state: where to go on. split: (rows per micro-batch, micro-batches per step). last: the number of steps.
+    lock: of the folder, as long as this is alive."""
 
     folder: Path
     config: dict
@@ -32,6 +36,7 @@ class Run:
     state: dict
     split: tuple[int, int]
     last: int
+    lock: FileLock | None
 
 
 def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_row: int, identity: dict, bf16: bool, hidden_size: int | None) -> Run:
@@ -40,6 +45,7 @@ def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_ro
     samples: in an epoch. identity: digests of what the run is made from. Raises UserError naming what a resumed run has different.
     """
     folder = Path(args.output_dir)
+    lock = _lock(folder, ranks)
     results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
     saved = results or checkpoint.newest(folder, ranks)
     if saved and "batch" not in saved:
@@ -64,12 +70,28 @@ def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_ro
     state = saved or {"step": 0, "samples": 0, "seconds": 0.0, "skipped": 0}
     state |= {"identity": identity, "batch": batch}
     if ranks.main and not results:
-        run_folder(folder)
         write_text(folder / "arguments.json", json.dumps(as_record(args), indent=2))
         write_text(folder / "ds_config.json", json.dumps(config, indent=2))
         if split != asked:
             print(f"going on with {rows} rows a step: {split[0]} per rank and micro-batch, {split[1]} micro-batches, {ranks.world} ranks", flush=True)
-    return Run(folder, config, results, state, split, last)
+    return Run(folder, config, results, state, split, last, lock)
+
+
+def _lock(folder: Path, ranks: Ranks) -> FileLock | None:
+    """Collective. Held by rank 0 as long as its process lives. Raises UserError where another run trains in the folder."""
+    problem, lock = [None], None
+    if ranks.main:
+        try:
+            lock = FileLock(run_folder(folder) / ".lock")
+            lock.acquire(timeout=10)  # a killed run lets go at once, its node's disk perhaps not
+        except UserError as error:
+            problem = [str(error)]
+        except Timeout:
+            problem = [f"--output_dir: another run is training in {folder}; stop it with `touch {folder}/STOP`, or name another folder"]
+    dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise UserError(problem[0])
+    return lock
 
 
 def batch_split(args: TrainingArguments, world: int, batch: dict | None) -> tuple[int, int]:
