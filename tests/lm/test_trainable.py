@@ -150,7 +150,7 @@ def test_on_two_ranks_under_zero(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     torch.multiprocessing.spawn(zero_rank, (port, tmp_path), nprocs=2)
-    weights = {name: torch.load(tmp_path / f"{name}.pt") for name in CASES}
+    weights = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in CASES}
     for name, (before, after) in weights.items():
         if CASES[name][0] == "new_rows":
             before = {key: weight for key, weight in before.items() if key in after}  # no tied head
