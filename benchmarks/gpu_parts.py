@@ -238,7 +238,7 @@ def training(stage: int, checkpointing: str, rehearsal: bool) -> list[dict]:
     for _ in range(1 + 1 if rehearsal else WARM_UP + TIMED):
         wait(ranks.device)
         started = time.perf_counter()
-        take_step(engine, lambda engine, row: engine(row), micro, targets, ranks, None, [])
+        take_step(engine, lambda engine, row: engine(row), micro, targets, ranks, None, [], (0, 0))
         wait(ranks.device)
         times.append(time.perf_counter() - started)
     label = {"what": f"heartspeed, ZeRO-{stage}", "checkpointing": checkpointing, "kernels": how}

@@ -166,7 +166,7 @@ def test_a_preset_that_a_run_would_refuse_is_said_and_as_the_chosen_one_refused(
         (["--mfu", "40"], "--mfu must be a share"),
         (["--gpu", "v100", "--precision", "bf16"], "--gpu v100 has no bf16"),
         (["--seq_len", "300"], "--seq_len 300 is too short"),
-        (["--gradient_checkpointing", "half"], "--gradient_checkpointing: must be"),
+        (["--gradient_checkpointing", "half"], "is none of none, full, every_N"),
         (["--shards", "nowhere"], "--shards"),
         (["--deepspeed", "nowhere.json"], "--deepspeed"),
     ],

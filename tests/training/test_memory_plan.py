@@ -120,7 +120,7 @@ def test_gradient_checkpointing_by_hand():
     assert activation_bytes(100, 28, 3, "full") == 28 * 3 + 100
     assert activation_bytes(100, 28, 3, "every_3") == 19 * 100 + 9 * 3 + 100
     for how in ("half", "every_0", "every_", "every_x", "0"):
-        with pytest.raises(UserError, match="--gradient_checkpointing: must be none, full or every_N"):
+        with pytest.raises(UserError, match="--gradient_checkpointing: .* is none of none, full, every_N"):
             activation_bytes(100, 28, 3, how)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
-from toolkit.errors import UserError
+from toolkit.lm.checkpointing import layers_apart
 from toolkit.lm.kernels import CHUNK
 
 COUNTING = "heartspeed_counting"
@@ -103,8 +103,6 @@ def activation_bytes(layer: float, layers: int, inputs: float, how: str) -> floa
 
     layer: of `layer_bytes`; inputs: bytes of a layer's input. Raises UserError naming --gradient_checkpointing for another word.
     """
-    number = how.removeprefix("every_") if how.startswith("every_") else {"none": "0", "full": "1"}.get(how, "")
-    if not number.isdigit() or (how.startswith("every_") and int(number) < 1):
-        raise UserError(f"--gradient_checkpointing: must be none, full or every_N with a number, not {how!r}")
-    recomputed = layers // int(number) if int(number) else 0
+    every = layers_apart(how)
+    recomputed = layers // every if every else 0
     return (layers - recomputed) * layer + (recomputed * inputs + layer if recomputed else 0)
