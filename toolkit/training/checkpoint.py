@@ -56,7 +56,7 @@ def watch_files(engine) -> None:
 def save(engine, folder: Path, state: dict, keep: int, keep_every: int = 0) -> str | None:
     """Collective. Write checkpoint-{state['step']}, move the pointer, delete older ones but the newest `keep` and every `keep_every`-th step.
 
-    Frozen weights are left out. Returns None, or on every rank what went wrong: then `latest` is as it was, and so are all other checkpoints.
+    Frozen weights are left out. Returns None, or on every rank what went wrong: then all older checkpoints are as they were, and `latest` names a whole one.
     """
     path, files = folder / f"checkpoint-{state['step']}", engine.checkpoint_engine
     files.written, files.error = {}, None
