@@ -39,9 +39,9 @@ class Ranks:
 
 def start() -> Ranks:
     """Join the process group that the launcher describes (alone without a launcher), nccl on GPUs and gloo on CPUs."""
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    # a run without a launcher is alone; port 0 is any that is free, found and taken in one (found first, it was once gone when it was taken)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(_free_port()))  # only a run without a launcher has none
     accelerator, local = get_accelerator(), int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
         # this op serves inference alone; building it takes 40 s, and a killed build makes later runs hang on its lock
@@ -108,11 +108,3 @@ def launcher(main):
             sys.exit(code)
 
     return wrapped
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
