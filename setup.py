@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["toolkit*", "sharding*", "launchers*"]),
-    package_data={"toolkit.evaluation": ["*.j2"], "toolkit.lm": ["*.txt"]},
+    package_data={"toolkit.evaluation": ["*.j2"], "toolkit.tasks": ["*.txt"]},
     install_requires=[
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.11,<2.14",
@@ -37,5 +37,5 @@ setup(
         "sacrebleu>=2.4,<3",
         "rouge-score>=0.1.2",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"], "gpu": ["liger-kernel>=0.8"]},
+    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"], "gpu": ["liger-kernel>=0.8", "bitsandbytes>=0.48"]},
 )

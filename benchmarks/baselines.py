@@ -1,4 +1,4 @@
-"""What benchmarks/pretrain.py and gpu_suite.py compare with: the published step, and the Hugging Face Trainer.
+"""What benchmarks/pretrain.py, instruct.py and gpu_suite.py compare with: the published step, and the Hugging Face Trainer.
 
 The published step is written anew from what the authors' release does. Every step reads its records again with wfdb, scales them with a z-score per
 lead in float64, encodes them lead after lead, and cuts five windows out of each ECG's 313 tokens. Each window with the step after it is a row of its own,
@@ -95,12 +95,18 @@ def published(args, turns, lm, tokenizer, vocabulary, ecgs: int, bf16: bool) -> 
 
 
 def padded_samples(row: Packed) -> list[dict]:
-    """What a user of the Trainer would have made of the same ECGs: a sample each sequence, token ids and labels (-100 where nothing is predicted)."""
+    """What a user of the Trainer would have made of the same ECGs: a sample each sequence, token ids and labels (-100 where nothing is predicted).
+
+    A group with several branches becomes a sample each branch, all with the prefix before it; nothing of such a prefix may be a target.
+    """
     labels = torch.full((len(row.input_ids),), -100)
     labels[torch.from_numpy(row.predict_at + 1)] = torch.from_numpy(row.targets)
-    ids = torch.from_numpy(row.input_ids)
-    parts = [slice(start, end + sum(branches)) for start, end, branches in row.layout]  # at most one branch, so its tokens simply follow
-    return [{"input_ids": ids[part], "labels": labels[part]} for part in parts]
+    ids, samples = torch.from_numpy(row.input_ids), []
+    for start, end, branches in row.layout:
+        edges = np.cumsum([end, *branches])
+        for at, stop in zip(edges, edges[1:]) if branches else [(end, end)]:
+            samples.append({name: torch.cat([of[start:end], of[at:stop]]) for name, of in (("input_ids", ids), ("labels", labels))})
+    return samples
 
 
 def collator(pad: int) -> Callable[[list[dict]], dict]:
@@ -114,14 +120,20 @@ def collator(pad: int) -> Callable[[list[dict]], dict]:
     return collate
 
 
-def hf_trainer(args, turns, lm, samples: list[dict], size: int, pad: int, grouped: bool, bf16: bool) -> None:
-    """Rounds of transformers.Trainer with ds_configs/zero2.json over batches of `size` samples per rank, dynamically padded."""
+def real_tokens(batch: dict) -> int:
+    return int(batch["attention_mask"].sum())
+
+
+def hf_trainer(
+    args, turns, lm, samples: list[dict], size: int, pad: int, grouped: bool, bf16: bool, count: Callable[[dict], int] = real_tokens, accumulation: int = 1
+) -> None:
+    """Rounds of transformers.Trainer with ds_configs/zero2.json over batches of `size` samples per rank, dynamically padded; `count` is of a batch."""
     config = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | {"data_types": {"grad_accum_dtype": "fp32"}}  # as our resolver sets it
-    real = [0]
+    counted = [0]
 
     class Counting(Trainer):
         def compute_loss(self, model, inputs, **more):
-            real[0] += int(inputs["attention_mask"].sum())
+            counted[0] += count(inputs)
             return super().compute_loss(model, inputs, **more)
 
     class Rounds(TrainerCallback):
@@ -130,11 +142,12 @@ def hf_trainer(args, turns, lm, samples: list[dict], size: int, pad: int, groupe
 
         def on_step_end(self, _, state, control, **__):
             if state.global_step % args.steps == 0:
-                turns.over("theirs", real[0])
-                real[0] = 0
+                turns.over("theirs", counted[0])
+                counted[0] = 0
 
     arguments = TrainingArguments(
         output_dir=str(args.work / "theirs"), deepspeed=config, use_cpu=True, bf16=bf16, per_device_train_batch_size=size, num_train_epochs=1,
+        gradient_accumulation_steps=accumulation,
         learning_rate=1e-3, warmup_steps=20, max_grad_norm=1.0, weight_decay=0.0, adam_beta2=0.95, optim="adamw_torch_fused", lr_scheduler_type="cosine",
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True, remove_unused_columns=False,
         train_sampling_strategy="group_by_length" if grouped else "random",

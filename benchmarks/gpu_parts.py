@@ -1,41 +1,29 @@
-"""The parts of benchmarks/gpu_suite.py: each measures one thing and returns rows for a table. `rehearsal`: tiny shapes on the CPU."""
+"""Parts of benchmarks/gpu_suite.py about kernels: each measures one thing and returns rows for a table. `rehearsal`: tiny shapes on the CPU."""
 
 import copy
-import importlib.util
-import json
-import tempfile
 import time
+import warnings
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import HfDeepSpeedConfig
+from transformers import AutoModelForCausalLM
 
-from benchmarks.baselines import collator, padded_samples
 from toolkit.ecg.heart import draw, simulate
 from toolkit.errors import UserError
-from toolkit.lm.attention import Layout, packed_attention, plain_attention
-from toolkit.lm.checkpointing import checkpoint_layers
-from toolkit.lm.flops import peak_flops, row_flops
+from toolkit.lm.attention import Layout, branch_kernel, packed_attention, plain_attention, variable_length_kernel
 from toolkit.lm.kernels import apply
 from toolkit.lm.model import PackedLM
 from toolkit.lm.shapes import shape_of
-from toolkit.shards.order import MicroBatch
 from toolkit.shards.packing import Group, Packed, Sequence, pack
-from toolkit.tasks.prompts import forecast_group
+from toolkit.tasks.prompts import ecg_ids, forecast_group
 from toolkit.tokenizer.tokenizer import ARCHITECTURES, ECGTokenizer, TokenizerConfig
-from toolkit.training import distributed, ds_config
-from toolkit.training.engine import build_engine, take_step
 from toolkit.training.speed import peak_memory
 
-ROOT = Path(__file__).resolve().parents[1]
 CODES, ECG_TOKENS, SEQ_LEN = 1296, 313, 4096
-ACCUMULATION, WARM_UP, TIMED = 4, 2, 5  # micro-batches of one row; optimizer steps
+ECGS, QUESTIONS = 4, 23  # of a row of instruction tuning; ECG-QA has 23 questions for an ECG of PTB-XL
 
 
 def device_of(rehearsal: bool) -> torch.device:
@@ -87,6 +75,21 @@ def mixed_row(vocabulary, branches: bool, groups: int):
     return pack([group() for _ in range(groups)])
 
 
+def question_groups(tokenizer, vocabulary, ecgs: int, questions: int, seed: int) -> list[Group]:
+    """ECGs of random codes, each with as many questions of 20 to 25 random tokens, of which the last four are the answer."""
+    generator = np.random.default_rng(seed)
+
+    def question() -> Sequence:
+        length = int(generator.integers(20, 26))
+        return Sequence(generator.integers(0, vocabulary.first, length), np.arange(length) >= length - 4)
+
+    def group() -> Group:
+        ids = ecg_ids(tokenizer, vocabulary, generator.integers(0, CODES, (1, ECG_TOKENS)).astype(np.uint16))
+        return Group(Sequence(ids, np.zeros(len(ids), bool)), [question() for _ in range(questions)])
+
+    return [group() for _ in range(ecgs)]
+
+
 def made(config, device: torch.device, dtype: torch.dtype):
     """A model of random weights, made where it lives."""
     torch.manual_seed(0)
@@ -135,7 +138,9 @@ def attention(rehearsal: bool) -> list[dict]:
     config, words, vocabulary = shape("tiny", num_key_value_heads=2)
     lms = {dtype: made(config, device, torch.float32).to(dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
     equal = random_row(words, vocabulary, 700 if rehearsal else SEQ_LEN, 1)
-    kinds = {"equal lengths": equal, "other lengths": mixed_row(vocabulary, False, 3 if rehearsal else 24), "branches": mixed_row(vocabulary, True, 3)}
+    questions = pack(question_groups(words, vocabulary, *((1, 3) if rehearsal else (ECGS, QUESTIONS)), 2))
+    kinds = {"equal lengths": equal, "other lengths": mixed_row(vocabulary, False, 3 if rehearsal else 24), "branches": mixed_row(vocabulary, True, 3),
+             "questions": questions}  # fmt: skip
     for kind, row in kinds.items():
         truth = alone(lms[torch.float32], row, device)
         for dtype, lm in lms.items():
@@ -152,7 +157,7 @@ def attention_alone(row: Packed, dtype: torch.dtype, device: torch.device, round
     """One layer's attention with the heads of Llama-3.2-3B, forward and backward: relative difference to float32 by segment, and milliseconds."""
     torch.manual_seed(0)
     exact = [torch.randn(1, heads, len(row.input_ids), 128, device=device) for heads in (24, 8, 8)]
-    layouts = {"as trained": Layout.of(row.layout, device), "without a kernel for variable lengths": Layout(row.layout, None)}
+    layouts = {"as trained": Layout.of(row.layout, device), "by SDPA": Layout(row.layout)}
     ways = {name: lambda q, k, v, layout=layout: packed_attention(None, q, k, v, None, layout=layout)[0] for name, layout in layouts.items()}
     ways["by segment"] = lambda q, k, v: by_segment(q, k, v, row.layout)
 
@@ -163,11 +168,23 @@ def attention_alone(row: Packed, dtype: torch.dtype, device: torch.device, round
         output.float().square().sum().backward()
         return [output.detach(), *(t.grad for t in inputs)]
 
-    truth, found = results(ways["by segment"], torch.float32), {}
+    truth, found = results(ways["by segment"], torch.float32), {"through": through(layouts["as trained"], exact[0].to(dtype), exact[1])}
     for name, way in ways.items():
         found[f"{name}, off"] = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(results(way, dtype), truth))
         found[f"{name}, ms"] = timed(lambda way=way: results(way, dtype), device, rounds)
     return found
+
+
+def through(layout: Layout, query: torch.Tensor, key: torch.Tensor) -> str:
+    """What packed attention calls for such inputs, and why if it is not the kernel that it wants."""
+    if query.device.type == "cpu" or query.dtype == torch.float32:
+        return "SDPA"
+    if layout.boundaries is not None:
+        return "varlen" if variable_length_kernel() else "SDPA"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        kernel = branch_kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3], None)
+    return "flex" if kernel else f"SDPA {' '.join(str(warning.message) for warning in said)}"
 
 
 @torch.no_grad()
@@ -217,67 +234,3 @@ def tokenizer(rehearsal: bool) -> list[dict]:
 
 def peak_gb(device: torch.device) -> float:
     return peak_memory(device) / 1e9
-
-
-def training(stage: int, checkpointing: str, rehearsal: bool) -> list[dict]:
-    """The real step over packed rows with the 3 B shape under ZeRO, world 1."""
-    config, words, vocabulary = shape("tiny" if rehearsal else "Llama-3.2-3B")
-    ranks = distributed.start()
-    args = SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=ACCUMULATION, max_grad_norm=1.0, learning_rate=1e-5, weight_decay=0.0)
-    resolved = ds_config.resolve(str(ROOT / f"ds_configs/zero{stage}.json"), args, ranks.world, True, config.hidden_size)
-    alive = HfDeepSpeedConfig(resolved) if stage == 3 else None  # while it lives, models are born sharded
-    lm = made(config, ranks.device, torch.bfloat16)
-    del alive
-    how = apply(lm, "auto", ranks.device)
-    checkpoint_layers(lm, checkpointing)
-    flops = row_flops(lm)
-    engine = build_engine(PackedLM(lm, how), args, resolved)
-    rows = [random_row(words, vocabulary, 700 if rehearsal else SEQ_LEN, seed) for seed in range(ACCUMULATION)]
-    micro = [MicroBatch(row, len(row.targets), len(row.input_ids), len(row.layout)) for row in rows]
-    targets, times = sum(m.targets for m in micro), []
-    for _ in range(1 + 1 if rehearsal else WARM_UP + TIMED):
-        wait(ranks.device)
-        started = time.perf_counter()
-        take_step(engine, lambda engine, row: engine(row), micro, targets, ranks, None, [], (0, 0))
-        wait(ranks.device)
-        times.append(time.perf_counter() - started)
-    label = {"what": f"heartspeed, ZeRO-{stage}", "checkpointing": checkpointing, "kernels": how}
-    return [{**label, **speed(times[1 if rehearsal else WARM_UP :], rows, sum(map(flops, rows)), ranks.device)}]
-
-
-def speed(times: list[float], rows: list, flops: float, device: torch.device) -> dict:
-    """Of optimizer steps over `rows`: tokens/s, MFU, seconds, peak memory."""
-    peak, source = peak_flops(device, True)
-    tokens, step = sum(len(row.input_ids) for row in rows), median(times)
-    return {"tokens/s": tokens / step, "MFU %": 100 * flops / step / peak, "s a step": step, "tokens a step": tokens, "peak GB": peak_gb(device),
-            "peak": source}  # fmt: skip
-
-
-def hf_trainer(checkpointing: str, rehearsal: bool) -> list[dict]:
-    """transformers.Trainer with ds_configs/zero2.json on the same ECGs, a sample each; with Liger where it is installed."""
-    config, words, vocabulary = shape("tiny" if rehearsal else "Llama-3.2-3B")
-    device, steps = distributed.start().device, 2 if rehearsal else WARM_UP + TIMED
-    lm = made(config, device, torch.bfloat16)
-    flops = row_flops(lm)
-    rows = [random_row(words, vocabulary, 700 if rehearsal else SEQ_LEN, seed) for seed in range(ACCUMULATION)]
-    samples = [sample for row in rows for sample in padded_samples(row)] * steps
-    zero = json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {"data_types": {"grad_accum_dtype": "fp32"}}
-    liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    marks = []
-
-    class Marks(TrainerCallback):
-        def on_step_end(self, *_, **__):
-            wait(device)
-            marks.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as out:
-        arguments = TrainingArguments(
-            output_dir=out, deepspeed=zero, use_cpu=rehearsal, bf16=True, per_device_train_batch_size=len(samples) // steps // ACCUMULATION,
-            gradient_accumulation_steps=ACCUMULATION, max_steps=steps, learning_rate=1e-5, save_strategy="no", logging_strategy="no", report_to="none",
-            disable_tqdm=True, remove_unused_columns=False, use_liger_kernel=liger, gradient_checkpointing=checkpointing == "full",
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )  # fmt: skip
-        Trainer(lm, arguments, data_collator=collator(0), train_dataset=samples, callbacks=[Marks()]).train()
-    times = [b - a for a, b in zip(marks, marks[1:])][0 if rehearsal else WARM_UP - 1 :]
-    label = {"what": "HF Trainer, ZeRO-2", "checkpointing": checkpointing, "kernels": "liger" if liger else "eager"}
-    return [{**label, **speed(times, rows, sum(map(flops, rows)), device)}]

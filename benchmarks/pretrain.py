@@ -14,23 +14,17 @@ real shards. The Trainer gets its samples tokenised, in memory and padded to the
 import argparse
 import json
 import os
-import platform
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # this folder has a sharding.py and a tokenizer.py too
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder has a sharding.py and a tokenizer.py too
 
-RANKS, SEED, ROWS = 2, 0, 1  # ROWS of --seq_len tokens per rank and step
-SEQ_LEN = 4096
+from benchmarks.turns import HEADER, RANKS, ROOT, SEED, Turns, compared, launch, line, machine, make_shards, synthetic_ecgs, words_of, worker_arguments
+
+ROWS, SEQ_LEN = 1, 4096  # rows of so many tokens per rank and step
 CASES = {  # case -> (objective, report_targets, grouped by length)
     "causal": ("causal", "no", False),
     "reports": ("causal", "yes", False),
@@ -39,58 +33,6 @@ CASES = {  # case -> (objective, report_targets, grouped by length)
     "windows, grouped": ("windows", "no", True),
 }
 GROUPED_ROUNDS = 3  # with the one to warm up four: transformers sorts each quarter of a small data set by length, so every round has all lengths
-
-
-class Turns:
-    """Two training loops in one process take turns: the main thread ("ours") first, "theirs" in a thread of its own.
-
-    A loop calls `over(side, tokens)` at the end of each of its rounds and gets the seconds of the round written down.
-    """
-
-    def __init__(self, rounds: int):
-        self.rounds, self.error = rounds, None
-        self.tokens, self.seconds = {"ours": [], "theirs": []}, {"ours": [], "theirs": []}
-        self.go = {"ours": threading.Semaphore(0), "theirs": threading.Semaphore(0)}
-
-    def begin(self) -> None:
-        self.started = time.perf_counter()
-
-    def over(self, side: str, tokens: int) -> None:
-        import torch.distributed as dist
-
-        dist.barrier()  # the slower rank decides
-        self.seconds[side].append(time.perf_counter() - self.started)
-        self.tokens[side].append(tokens)
-        self.hand_over(side)
-
-    def hand_over(self, side: str) -> None:
-        other = "theirs" if side == "ours" else "ours"
-        self.go[other].release()
-        self.go[side].acquire()
-        if self.error:
-            raise self.error
-        self.begin()
-
-    def side_thread(self, call: Callable[[], None]) -> None:
-        """Start "theirs", which waits for its first turn."""
-
-        def run():
-            self.go["theirs"].acquire()
-            try:
-                self.begin()
-                call()
-            except BaseException as error:  # raised again in the main thread
-                self.error = error
-            self.go["ours"].release()
-
-        threading.Thread(target=run, daemon=True).start()
-
-    def rates(self, side: str) -> list[float]:
-        """Tokens/s of each round but the first, over all ranks."""
-        from toolkit.training.distributed import sum_over_ranks
-
-        tokens = sum_over_ranks(self.tokens[side], "cpu")
-        return [n / s for n, s in zip(tokens[1:], self.seconds[side][1:], strict=True)]
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -124,21 +66,9 @@ def worker(args: argparse.Namespace) -> None:
     words = {"deepspeed": ROOT / "ds_configs" / "zero2.json", "backbone": "tiny", "shards": args.work / "shards", "output_dir": args.work / "ours" / args.case,
              "per_device_train_batch_size": ROWS, "max_steps": (args.rounds + 1) * args.steps + 1, "save_steps": 10**9, "seq_len": SEQ_LEN,
              "objective": objective, "report_targets": reports}  # fmt: skip
-    ours = parse(PretrainArguments, "", [word for name, value in words.items() for word in (f"--{name}", str(value))])
+    ours = parse(PretrainArguments, "", words_of(words))
     ours.learning_rate = 1e-3
-    seen = [0, 0]  # micro-batches, tokens of the round
-
-    def loss(engine, row):
-        """Called at the start of each step: a round is from one call to another, and holds all that the loop does between."""
-        if seen[0] == 0:
-            turns.begin()
-        elif seen[0] % args.steps == 0 and seen[0] <= (args.rounds + 1) * args.steps:
-            turns.over("ours", seen[1])
-            seen[1] = 0
-        seen[0] += 1
-        seen[1] += len(row.targets if args.case == "published" else row.input_ids)
-        return engine(row)
-
+    loss = turns.counted(lambda engine, row: engine(row), lambda row: len(row.targets if args.case == "published" else row.input_ids), args.steps)
     other, _, _ = model()
     if args.case == "published":
         turns.side_thread(lambda: baselines.published(args, turns, other, tokenizer, vocabulary, ecgs, bf16_is_fast()))
@@ -179,50 +109,14 @@ def stalls(args: argparse.Namespace) -> list[dict]:
 
 
 def compare(case: str, args: argparse.Namespace) -> list[dict]:
-    """A case in two ranks of one thread each: {"what", "ours", "baseline", "baseline_per_s", "ratio"}."""
+    """A case in two ranks of one thread each."""
     rounds = GROUPED_ROUNDS if case.endswith("grouped") else args.rounds
     result = args.work / "result.json"
     result.unlink(missing_ok=True)
     launch([Path(__file__), "worker", "--case", case, "--work", args.work, "--rounds", rounds, "--steps", args.steps])
     found = json.loads(result.read_text())
-    each = [a / b for a, b in zip(found["ours"], found["theirs"], strict=True)]
     baseline = "published step" if case == "published" else "HF Trainer, padded" + (", group_by_length" if case.endswith("grouped") else "")
-    return [{"what": f"{'supervised ' if case == 'published' else ''}tokens/s, {case}", "ours": median(found["ours"]), "baseline": baseline,
-             "baseline_per_s": median(found["theirs"]), "ratio": median(found["ours"]) / median(found["theirs"]), "lowest": min(each), "highest": max(each),
-             "step_seconds": found["step_seconds"], "precision": "bf16" if found["bf16"] else "fp32"}]  # fmt: skip
-
-
-def launch(words: list) -> None:
-    """Run a script on RANKS ranks through the deepspeed launcher; its output is shown only if it fails."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
-                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", RANKS, "--master_port", port, *words]
-    done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        sys.exit(f"{done.stdout[-6000:]}\nfailed with exit code {done.returncode}: {' '.join(map(str, words))}")
-
-
-def make_shards(work: Path, records: int) -> None:
-    """Synthetic records, their manifest, an untrained tokenizer (ids need not be good to cost what they cost) and token shards."""
-    from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
-
-    ECGTokenizer(TokenizerConfig()).save_pretrained(work / "tokenizer")
-    for words in (
-        ["toolkit.ecg.synthetic", "--out", work / "data", "--records", records, "--seed", SEED, "--workers", RANKS],
-        ["sharding.prepare", "ptbxl", "--root", work / "data" / "ptbxl", "--out", work / "manifest"],
-        ["sharding.shard", "--manifest", work / "manifest", "--tokenizer", work / "tokenizer", "--out", work / "shards"],
-    ):
-        subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def line(result: dict) -> str:
-    if "ratio" not in result:
-        return f"{result['what']:<48}{result['value']:>10,.3f} {result['unit']}"
-    spread = f"({result['lowest']:.2f} to {result['highest']:.2f})"
-    return f"{result['what']:<36}{result['ours']:>10,.0f}{result['baseline_per_s']:>10,.0f}{result['ratio']:>8.2f}x {spread:<18} of {result['baseline']}"
+    return [compared(f"{'supervised ' if case == 'published' else ''}tokens/s, {case}", baseline, found)]
 
 
 def main() -> None:
@@ -231,20 +125,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side beside the one to warm up (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=4, help="steps of a round (default: %(default)s)")
     parser.add_argument("--records", type=int, default=400, help="synthetic records (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the results there too")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    worker_arguments(parser)
     args = parser.parse_args()
     if args.parts == ["worker"]:
         return worker(args)
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f} at the start", flush=True)
+    print(machine(), flush=True)
     parts = ["published", "trainer", "stalls"] if "all" in args.parts else args.parts
     results = []
     with tempfile.TemporaryDirectory() as folder:
         args.work = Path(folder)
-        make_shards(args.work, args.records)
-        print(f"{'':<36}{'ours':>10}{'baseline':>10}   ratio (rounds from, to)", flush=True)
+        make_shards(args.work, synthetic_ecgs(args.work, args.records))
+        print(HEADER, flush=True)
         for part in parts:
             for case in {"published": ["published"], "trainer": CASES, "stalls": [None]}[part]:
                 for result in stalls(args) if case is None else compare(case, args):

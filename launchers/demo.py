@@ -24,7 +24,7 @@ COMPLETE = {  # stage -> the file it writes last
 # sized for ten minutes on two cores; everything not said here is the launchers' default
 TOKENIZER = ["--max_steps", 90, "--per_device_train_batch_size", 8, "--max_eval_samples", 32]
 PRETRAIN = ["--max_steps", 150, "--seq_len", 1500, "--max_eval_samples", 32]  # 4 ECGs a row
-INSTRUCT = ["--max_steps", 290, "--per_device_train_batch_size", 3, "--logging_steps", 10, "--max_eval_samples", 32]
+INSTRUCT = ["--max_steps", 290, "--per_device_train_batch_size", 3, "--tasks_per_ecg", 8, "--max_eval_samples", 32, "--max_eval_answers", 0]
 
 
 def stages(out: Path) -> list[tuple[str, list, bool]]:

@@ -25,9 +25,11 @@ from toolkit.evaluation.cards import card, tokenizer_of
 from toolkit.evaluation.generate import answer_tasks
 from toolkit.evaluation.html_report import write_report
 from toolkit.files import run_folder, write_text
+from toolkit.lm.continuous import ECGAdapter
 from toolkit.lm.trained import load_trained
 from toolkit.shards.reader import Shards
-from toolkit.tasks.prompts import reference_text
+from toolkit.tasks.features import ECGFeatures
+from toolkit.tasks.prompts import Prompts, reference_text
 from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 from toolkit.training.arguments import LaunchArguments, arg, as_record, parse
@@ -53,8 +55,9 @@ def main() -> None:
     started = time.time()
     (shards, train), _ = open_shards(args, [args.split, "train"], "tasks")
     dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()) else torch.float32
-    model, tokenizer, vocabulary = load_trained(args.model, shards.index, dtype)
+    model, tokenizer, vocabulary, prompts, adapter = load_trained(args.model, shards.index, dtype)
     ecg_tokenizer = tokenizer_of(shards)
+    features = ECGFeatures(ecg_tokenizer, adapter.mean, adapter.std) if adapter else None
     ranks, folder = start(), run_folder(args.output_dir)  # before the hours of generation, not after
     made = {name: value for name, value in as_record(args).items() if name not in ("shard_cache", "shard_cache_gb")} | {"shards digest": shards.digest}
     if (folder / "metrics.json").is_file() and json.loads((folder / "metrics.json").read_text())["made"] == made:
@@ -62,24 +65,36 @@ def main() -> None:
             print(f"{folder} is complete already")
         return
     baseline = blind.fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
-    rows = gather(predict(model.to(ranks.device), tokenizer, vocabulary, shards, baseline, args, ranks), ranks)
+    for module in (model, adapter) if adapter else (model,):
+        module.to(ranks.device)
+    rows = gather(predict(model, tokenizer, vocabulary, prompts, shards, baseline, args, ranks, features, adapter), ranks)
     if ranks.main:
         write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        scores = judge(rows)
+        scores = judge(rows, patients_of(rows, shards))
         info = {
             "model": args.model, "shards": args.shards, "split": args.split, "ECGs": len(shards), "tasks": len(rows),
             "ranks": ranks.world, "seconds": round(time.time() - started, 1),
         }  # fmt: skip
         write_report(folder / "report.html", scores, cards(shards, rows, ecg_tokenizer), info)
         write_text(folder / "metrics.json", json.dumps({**scores, "run": info, "made": made}, indent=2))  # last: it says that all is there
-        for kind, value in scores["exact_match"].items():
-            if value is not None:
-                print(f"{kind:>28}: exact match {100 * value:5.1f} %   blind {100 * scores['blind']['exact_match'][kind]:5.1f} %")
+        for line in summary(scores):
+            print(line)
         print(f"report: {(folder / 'report.html').resolve()}")
 
 
-def predict(model, tokenizer, vocabulary: ECGVocabulary, shards: Shards, baseline: dict, args: EvaluateArguments, ranks: Ranks) -> list[dict]:
-    """This rank's rows of predictions.jsonl, each with the place of its sample."""
+def predict(
+    model,
+    tokenizer,
+    vocabulary: ECGVocabulary,
+    prompts: Prompts,
+    shards: Shards,
+    baseline: dict,
+    args: EvaluateArguments,
+    ranks: Ranks,
+    features: ECGFeatures | None = None,
+    adapter: ECGAdapter | None = None,
+) -> list[dict]:
+    """This rank's rows of predictions.jsonl, each with the place of its sample. features, adapter: of a model that reads continuous ECGs."""
     rows = []
     # by number of ECGs, because those of a batch must be of one length
     mine = sorted(range(ranks.rank, len(shards), ranks.world), key=lambda i: (int(shards.rows[i]["n_ecgs"]), i))
@@ -89,8 +104,11 @@ def predict(model, tokenizer, vocabulary: ECGVocabulary, shards: Shards, baselin
         batch = [i for i in mine[: args.per_device_eval_batch_size] if shards.rows[i]["n_ecgs"] == n_ecgs]
         mine = mine[len(batch) :]
         metas = [shards.meta(i) for i in batch]
-        samples = [(shards.ids(i), meta["gains"], meta["tasks"]) for i, meta in zip(batch, metas)]
-        for i, (_, _, tasks), answers in zip(batch, samples, answer_tasks(model, tokenizer, vocabulary, samples, args.max_new_tokens, ranks.device)):
+        samples = [(shards.ids(i), meta, meta["tasks"]) for i, meta in zip(batch, metas)]
+        for codes, meta, _ in samples if features else ():
+            meta["features"] = features.of(shards, codes, meta)
+        given = answer_tasks(model, tokenizer, vocabulary, prompts, samples, args.max_new_tokens, ranks.device, adapter)
+        for i, (_, _, tasks), answers in zip(batch, samples, given):
             for task, answer in zip(tasks, answers):
                 known = {name: task[name] for name in KEPT if name in task}
                 rows.append({**known, "sample": i, "prediction": answer, "reference": reference_text(task), "blind": blind.predict(baseline, task)})
@@ -106,16 +124,37 @@ def gather(rows: list[dict], ranks: Ranks) -> list[dict]:
     return sorted((row for part in parts for row in part), key=lambda row: row["sample"]) if ranks.main else []
 
 
-def judge(rows: list[dict]) -> dict:
-    """metrics.json: exact match and report scores, of the model and of the blind baseline."""
+def patients_of(rows: list[dict], shards: Shards) -> list[str]:
+    """The patient (a pseudonym) of each row, of two ECGs the first one's. Only for `judge`: no file of the results names patients."""
+    first = {i: shards.meta(i)["patients"][0] for i in {row["sample"] for row in rows}}
+    return [first[row["sample"]] for row in rows]
+
+
+def judge(rows: list[dict], patients: list[str]) -> dict:
+    """metrics.json: exact match and report scores, of the model and of the blind baseline, and how sure their difference is. patients: [len(rows)]."""
     blind_rows = [{**row, "prediction": row["blind"]} for row in rows]
     return {
         "exact_match": metrics.exact_match(rows),
         "report": metrics.report_scores(rows),
         "blind": {"exact_match": metrics.exact_match(blind_rows), "report": metrics.report_scores(blind_rows)},
+        "over_blind": metrics.over_blind(rows, patients),
         "counts": metrics.question_counts(rows),
-        "conventions": {"exact_match": metrics.EXACT_MATCH_CONVENTION, "report": metrics.REPORT_CONVENTION},
-    }
+        "conventions": {
+            "exact_match": metrics.EXACT_MATCH_CONVENTION, "over_blind": metrics.OVER_BLIND_CONVENTION, "report": metrics.REPORT_CONVENTION,
+        },
+    }  # fmt: skip
+
+
+def summary(scores: dict) -> list[str]:
+    """A line for each question type that was asked: exact match, the blind baseline's, and the difference with its 95 % interval over patients."""
+    lines = []
+    for kind, over in scores["over_blind"].items():
+        if over["n"]:
+            model, blind_too = (f"{100 * judged['exact_match'][kind]:5.1f} %" for judged in (scores, scores["blind"]))
+            difference, *interval = (f"{round(100 * over[name], 1) + 0.0:+.1f}" for name in ("difference", "low", "high") if over[name] is not None)
+            between = f" ({' to '.join(interval)})" if interval else ""
+            lines.append(f"{kind:>28}: exact match {model}   blind {blind_too}   difference {difference}{between}")
+    return lines
 
 
 def cards(shards: Shards, rows: list[dict], tokenizer: ECGTokenizer) -> list[dict]:

@@ -3,101 +3,217 @@
 deepspeed launchers/instruct.py --deepspeed ds_configs/zero2.json --backbone runs/demo/pretrain --shards runs/demo/tasks --output_dir runs/demo/instruct
 
 The output folder is a PEFT adapter: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BACKBONE), "runs/demo/instruct")`.
+With --eval_steps it is the one with the best exact match (without questions: the lowest loss) of all validations, and last/ in it the last one.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.distributed as dist
 
 from toolkit.errors import UserError
-from toolkit.evaluation.generate import answer_tasks
-from toolkit.files import digest
+from toolkit.evaluation import metrics
+from toolkit.evaluation.cards import tokenizer_of
+from toolkit.evaluation.generate import Sample, answer_rows, answer_tasks
+from toolkit.files import digest, new_folder
 from toolkit.lm import attention, kernels
-from toolkit.lm.backbone import check_stamp, load_backbone, save_stamp
+from toolkit.lm.backbone import STAMP, backbone_digest, check_stamp, load_backbone, save_stamp
 from toolkit.lm.checkpointing import checkpoint_layers
+from toolkit.lm.continuous import ECGAdapter, fitted
 from toolkit.lm.flops import row_flops
-from toolkit.lm.lora import add_lora, save_adapter
+from toolkit.lm.lora import add_lora, save_adapter, unmoved
 from toolkit.lm.model import PackedLM
-from toolkit.lm.vocabulary import ecg_vocabulary
+from toolkit.lm.quantize import check_nf4, load_nf4
+from toolkit.lm.trainable import ecg_rows
+from toolkit.lm.vocabulary import ecg_vocabulary, extend
+from toolkit.shards.order import spaced
+from toolkit.shards.reader import Shards
 from toolkit.shown import Shown
-from toolkit.tasks.data import TaskData
-from toolkit.tasks.prompts import question_text, reference_text
+from toolkit.tasks.corpus import corpus
+from toolkit.tasks.features import ECGFeatures
+from toolkit.tasks.instruct import TaskData
+from toolkit.tasks.mixture import TEXT, parse_mixture, read_text
+from toolkit.tasks.prompts import Prompts, Style, question_text, reference_text
+from toolkit.tasks.vocabulary import ECGVocabulary
+from toolkit.training import ds_config
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
-from toolkit.training.distributed import launcher, start
+from toolkit.training.distributed import Ranks, launcher, start, sum_over_ranks, wants_bf16
 from toolkit.training.loop import Job, train
-from toolkit.training.resume import RESULTS
-from toolkit.training.shards import TrainingShardArguments, open_shards
+from toolkit.training.shards import TrainingShardArguments, check_patients, open_shards
 from toolkit.training.validation import mean_loss
 from toolkit.training.zero3 import place_backbone, whole_state
+
+SHOWN, WATCHED = 160, 48  # most tokens of an answer that is shown, and of one that is judged by exact match
 
 
 @dataclass(kw_only=True)
 class InstructArguments(TrainingShardArguments, LanguageModelArguments):
-    backbone: str = arg("Folder written by launchers/pretrain.py.")
-    shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
-    tasks_per_ecg: int = arg("Questions and reports per ECG and epoch; an ECG with more gets another selection each epoch.", 8)
+    backbone: str = arg(
+        "Folder written by launchers/pretrain.py; or, to tune without ECG pretraining, tiny, smollm2 or any causal LM: its ECG tokens then start untrained."
+    )
+    shards: list[str] = arg("Task shards written by `python -m sharding.shard_tasks`: folders or URLs (s3://, gs://, https://, ...), mixed into one set.")
+    prompt: Style = arg("ecg_first: the ECG once, then its questions. chat: so in the backbone's chat template. paper: as the authors' release.", "ecg_first")
+    background: bool = arg("Say age and sex in the prompt where the shards know them.", False)
     gain_text: bool = arg("Say each lead's amplitude in the prompt, in words: for a backbone without gain tokens (--gain_tokens of pretrain).", False)
-    train_rows: Literal["auto", "all", "none"] = arg("Train the embedding's rows beside LoRA. auto: all if the backbone never saw text (tiny).", "auto")
+    ecg_input: Literal["tokens", "continuous"] = arg(
+        "continuous: an ECG is not put in as its tokens' embeddings but as the ECG encoder's features before they are quantised, through a linear layer that is"
+        " trained; needs the recordings, here and in evaluate.py.", "tokens"
+    )  # fmt: skip
+    tasks: str = arg(
+        "What is tuned on: all, ecgqa, report, a question type, or a mixture with shares of the samples such as ecgqa:0.7,report:0.3 or all:0.9,text:0.1."
+        " A sample is an ECG with all its tasks of that kind.", "all"
+    )  # fmt: skip
+    text: str | None = arg(
+        'Text to replay against forgetting, in samples of 256 tokens: a .jsonl file of {"text": ...}, or any other with empty lines between documents.', None
+    )
+    tasks_per_ecg: int = arg("Most questions and reports per ECG and epoch, another selection each epoch. 0: all.", 0)
+    train_rows: Literal["auto", "all", "ecg", "none"] = arg(
+        "Rows of embedding and head trained beside LoRA: all, or the ECG tokens' alone. auto: all if the backbone never saw text (tiny), else ecg.", "auto"
+    )
+    train_norms: bool = arg("Train the norm layers beside LoRA, as the authors' release.", False)
     lora_r: int = arg("Rank of LoRA.", 16)
     lora_alpha: int = arg("LoRA scale is alpha / rank.", 16)
     lora_dropout: float = arg("Dropout before LoRA.", 0.0)
+    lora_targets: list[str] = arg("Linear layers with LoRA: all-linear, or names such as q_proj v_proj.", ["all-linear"])
+    quantize: Literal["none", "nf4"] = arg("nf4: the frozen weights in 4 bits (QLoRA), on GPUs with bitsandbytes; not with ZeRO-3.", "none")
     learning_rate: float | None = arg("Peak learning rate. Default 0.77 / hidden size: 3e-3 for tiny, 1.3e-3 for smollm2, 2.5e-4 for Llama-3.2-3B.", None)
     per_device_train_batch_size: int = arg("ECGs (with all their tasks) per rank and micro-batch.", 2)
+    max_eval_answers: int = arg("Validate exact match on the answers to this many ECGs, evenly spaced over the valid split. 0: on none.", 64)
 
 
 def main() -> None:
     args = parse(InstructArguments, __doc__)
-    (shards, valid_shards), skipped = open_shards(args, ["train", "valid"], "tasks")
-    stamp = check_stamp(args.backbone, shards.index, "--backbone")
-    if (Path(args.backbone) / "adapter_config.json").is_file():
-        raise UserError(f"--backbone: {args.backbone} is an adapter; name the folder of launchers/pretrain.py that it was trained on")
-    if not (Path(args.backbone) / RESULTS).is_file():
-        raise UserError(f"--backbone: the training of {args.backbone} is not complete; run its launchers/pretrain.py command again")
-    backbone = str(Path(args.backbone).resolve())  # the adapter's configuration remembers it
+    mixture = parse_mixture(args.tasks)
+    folders = [open_shards(replace(args, shards=folder), ["train", "valid"], "tasks") for folder in args.shards]
+    shards, valid_shards = ([both[part] for both, _ in folders] for part in (0, 1))
+    check_patients(shards, valid_shards)
     ranks = start()
-    model, tokenizer = place_backbone(lambda: load_backbone(backbone, tuple, args.seed), args, ranks)
-    vocabulary = replace(ecg_vocabulary(tokenizer), gain_text=args.gain_text)
-    if args.gain_text and vocabulary.gain_first is not None:
-        raise UserError(f"--gain_text: {args.backbone} has gain tokens, which say the same; leave it out")
-    torch.manual_seed(args.seed)
+    backbone, stamp = prepare_backbone(args, shards, ranks)
+    if args.quantize == "nf4":
+        check_nf4(ranks.device, ds_config.read(args.deepspeed)["zero_optimization"]["stage"])
+        if not wants_bf16(args):
+            raise UserError("--quantize nf4: what is trained beside the 4 bits is in bf16; use --precision bf16")
+        model, tokenizer = load_nf4(backbone, ranks.device)
+    else:
+        model, tokenizer = place_backbone(lambda: load_backbone(backbone, tuple, args.seed), args, ranks, backbone)
+    vocabulary, prompts = ecg_vocabulary(tokenizer), Prompts(args.prompt, args.gain_text, args.background)
+    prompts.check(tokenizer, vocabulary)
+    features, adapter = continuous_input(shards, model, vocabulary) if args.ecg_input == "continuous" else (None, None)
+    torch.manual_seed(args.seed)  # LoRA's first weights, the same on all ranks
     every_row = args.train_rows == "all" or (args.train_rows == "auto" and not stamp["knows_text"])
-    rows = range(len(tokenizer)) if every_row else range(0)
+    rows = range(len(tokenizer)) if every_row else [] if args.train_rows == "none" else ecg_rows(vocabulary)
+    hidden_size = model.config.hidden_size
     if args.learning_rate is None:
-        args.learning_rate = 0.77 / model.config.hidden_size
-    lm = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, rows)
+        args.learning_rate = 0.77 / hidden_size
+    how = kernels.apply(model, args.kernels, ranks.device)  # before PEFT wraps the norms
+    lm = add_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, rows, args.train_norms)
     checkpoint_layers(lm, args.gradient_checkpointing)
     if args.compile:
         kernels.compile_layers(lm)
-    data, valid = (TaskData(s, tokenizer, vocabulary, args.tasks_per_ecg, args.seed) for s in (shards, valid_shards))
+    context = getattr(model.config, "max_position_embeddings", None)
+    text = read_text(args.text, tokenizer) if args.text else None
+    data = TaskData(shards, tokenizer, vocabulary, prompts, args.seed, args.tasks_per_ecg, mixture, text, context, features)
+    known = tuple(replace(share, weight=None) for share in mixture if share.name != TEXT)
+    valid = TaskData(valid_shards, tokenizer, vocabulary, prompts, mixture=known, context=context, features=features)
+    watched = questions_of(valid, args.max_eval_answers)
 
     def loss(engine, row):
         return engine(row)
 
     def evaluate(engine) -> dict:
-        return {"eval_loss": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
+        found = {"eval_loss": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
+        return found | exact_match(engine)
+
+    def exact_match(engine) -> dict:
+        """Of all watched questions and of each type."""
+        if not watched:
+            return {}
+        # under ZeRO-3 every forward is a collective, and answers differ in length: there each rank answers all
+        spread = engine.zero_optimization_stage() < 3
+        mine = watched[ranks.rank :: ranks.world] if spread else watched
+        with attention.plain_attention(engine.module.lm) as plain:
+            parts = [answer_rows(plain, tokenizer, vocabulary, prompts, mine, WATCHED, ranks.device, engine.module.adapter)]
+        if spread:
+            own, parts = parts[0], [None] * ranks.world
+            dist.all_gather_object(parts, own)
+        scores = metrics.exact_match([row for part in parts for row in part])
+        return {"eval_exact_match": scores.pop("overall"), **{f"eval_exact_match/{kind}": score for kind, score in scores.items() if score is not None}}
 
     def show(engine) -> Shown:
-        meta = valid_shards.meta(0)
+        samples = [valid.sample(i) for i in spaced(len(valid), len(shards))]
         with attention.plain_attention(engine.module.lm) as plain:
-            answers = answer_tasks(plain, tokenizer, vocabulary, [(valid_shards.ids(0), meta["gains"], meta["tasks"])], 64, ranks.device)[0]
-        lines = [f"{question_text(t)} {given} (reference: {reference_text(t)})" for t, given in zip(meta["tasks"], answers)]
-        return Shown(texts={"samples": "\n\n".join(lines)}, images={}, histograms={})
+            answers = answer_tasks(plain, tokenizer, vocabulary, prompts, samples, SHOWN, ranks.device, engine.module.adapter)
+        pairs = [(task, given) for (*_, tasks), some in zip(samples, answers) for task, given in zip(tasks, some)]
+        return Shown(texts={"samples": "\n\n".join(f"{question_text(task)} {given} (reference: {reference_text(task)})" for task, given in pairs)})
+
+    def check(module) -> None:
+        still = set(unmoved(module.lm))
+        names = [name for name, _ in module.lm.named_parameters() if "lora_B" in name]
+        held = sum_over_ranks([name in still for name in names], ranks.device)
+        stuck = [name for name, count in zip(names, held) if count == ranks.world]
+        if stuck:
+            raise RuntimeError(f"after the first step {len(stuck)} of {len(names)} LoRA weights are still zero, so nothing trains them: {stuck[0]}, ...")
 
     def export(module, folder: Path) -> None:
         state = whole_state(module.lm, ranks, trained_only=True)
+        of_adapter = whole_state(module.adapter, ranks) if module.adapter else {}
         if ranks.main:
             save_adapter(module.lm, folder, state)
             tokenizer.save_pretrained(folder)
-            save_stamp(folder, shards.index, knows_text=True, gain_text=args.gain_text)
+            if module.adapter:
+                module.adapter.save(folder, of_adapter)
+            save_stamp(folder, shards[0].index, knows_text=True, prompts=asdict(prompts), **({"ecg_input": args.ecg_input} if module.adapter else {}))
 
-    identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": digest(Path(backbone) / RESULTS)}
-    packed = PackedLM(lm, kernels.apply(lm, args.kernels, ranks.device))
-    train(args, Job(packed, data, loss, evaluate, export, identity, show, row_flops(lm), model.config.hidden_size), ranks, "instruct")
+    identity = {"shards digest": ", ".join(folder.digest for folder in shards), "skipped shards": [skipped for _, skipped in folders],
+                "text digest": digest(args.text) if args.text else None, "backbone digest": backbone_digest(backbone, model)}  # fmt: skip
+    job = Job(PackedLM(lm, how, adapter=adapter), data, loss, evaluate, export, identity, show, row_flops(lm), hidden_size,
+              watch="eval_exact_match" if watched else "eval_loss", keep_last=True, check=check)  # fmt: skip
+    train(args, job, ranks, "instruct")
+    if ranks.main and (data.cut or data.left_out):
+        print(f"on rank 0 {data.cut} answers were cut to the backbone's context of {context} tokens, {data.left_out} tasks left out that have no room in it")
+
+
+def questions_of(data: TaskData, limit: int) -> list[Sample]:
+    """Questions of at most `limit` ECGs that have any, evenly spaced."""
+    asked = [i for i in range(len(data) if limit else 0) if any(task["task"] == "ecgqa" for task in data.tasks(i))]
+    samples = [data.sample(asked[i]) for i in spaced(len(asked), limit)]
+    return [(codes, meta, [task for task in tasks if task["task"] == "ecgqa"]) for codes, meta, tasks in samples]
+
+
+def continuous_input(shards: list[Shards], model, vocabulary: ECGVocabulary) -> tuple[ECGFeatures, ECGAdapter]:
+    """Collective under ZeRO-3. Where features come from, and the layer that they go through, as it is before training."""
+    features = ECGFeatures(tokenizer_of(shards[0]))
+    measured, codes = features.measure(shards)
+    return features, fitted(model, vocabulary.code_rows, features.mean, features.std, measured, codes)
+
+
+def prepare_backbone(args: InstructArguments, shards: list[Shards], ranks: Ranks) -> tuple[str, dict]:
+    """Collective. The folder of a backbone that knows the shards' ECG tokens, and its stamp: --backbone itself, or what is made of it in the run folder."""
+    given = Path(args.backbone)
+    if (given / "adapter_config.json").is_file():
+        raise UserError(f"--backbone: {given} is an adapter; name the folder of launchers/pretrain.py that it was trained on")
+    if not (given / STAMP).is_file() and (given / "arguments.json").is_file():
+        raise UserError(f"--backbone: the training of {given} is not complete; run its launchers/pretrain.py command again")
+    if not (given / STAMP).is_file():
+        given = Path(args.output_dir) / "backbone"  # it is part of the result: the adapter needs its untrained rows
+        if ranks.main and not given.is_dir():
+            print(f"{args.backbone} knows no ECG tokens: they start untrained, in {given}, which the adapter will need", flush=True)
+            model, tokenizer = load_backbone(args.backbone, lambda: corpus(shards[0]), args.seed)
+            knows_text = args.backbone != "tiny"
+            extend(model, tokenizer, shards[0].index["levels"], args.seed, knows_text)
+            with new_folder(given) as temporary:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+                save_stamp(temporary, shards[0].index, knows_text)
+        dist.barrier()
+    for one in shards:
+        stamp = check_stamp(given, one.index, "--backbone")
+    return str(given.resolve()), stamp  # the adapter's configuration remembers it
 
 
 if __name__ == "__main__":

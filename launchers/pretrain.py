@@ -28,6 +28,7 @@ from toolkit.lm.trainable import choose_trainable, merged_state
 from toolkit.lm.vocabulary import ecg_vocabulary, extend
 from toolkit.shards.order import spaced
 from toolkit.shards.statistics import bigram_entropy, unigram_entropy
+from toolkit.tasks.corpus import corpus
 from toolkit.tasks.data import ForecastData
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
 from toolkit.training.distributed import launcher, start, sum_over_ranks
@@ -35,9 +36,6 @@ from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, open_shards
 from toolkit.training.validation import mean_loss
 from toolkit.training.zero3 import place_backbone, whole_state
-
-WORDS = Path(__file__).resolve().parents[1] / "toolkit" / "lm" / "clinical_words.txt"
-CORPUS = 50_000  # ECGs whose reports train the BPE of `tiny`
 
 
 @dataclass(kw_only=True)
@@ -71,12 +69,8 @@ def main() -> None:
         raise UserError("--weight_decay: with --train new_rows it would move the rows that are not trained; leave it at 0")
     ranks = start()
 
-    def corpus():
-        yield from WORDS.read_text().splitlines() * 20
-        yield from (shards.meta(i)["report"] for i in range(min(len(shards), CORPUS)))
-
     def make():
-        model, tokenizer = load_backbone(args.backbone, corpus, args.seed)
+        model, tokenizer = load_backbone(args.backbone, lambda: corpus(shards), args.seed)
         extend(model, tokenizer, shards.index["levels"], args.seed, knows_text, args.gain_tokens)
         return model, tokenizer
 

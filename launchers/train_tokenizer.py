@@ -21,7 +21,7 @@ from toolkit.ecg.noise import augment
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError
-from toolkit.shards.order import MicroBatch
+from toolkit.shards.order import MicroBatch, sample_at
 from toolkit.tokenizer.tokenizer import ECGTokenizer, TokenizerConfig
 from toolkit.training import ds_config
 from toolkit.training.arguments import TrainingArguments, arg, parse
@@ -70,6 +70,9 @@ class Recordings:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def at(self, seed: int, position: int) -> tuple[int, int]:
+        return sample_at(seed, len(self), position)
 
     def key(self, index: int) -> str:
         return self.keys[index]

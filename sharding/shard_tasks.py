@@ -6,9 +6,11 @@ python -m sharding.shard_tasks heartllm --qa rows.json more.json --shards S --ou
 
 A task belongs to the split of its ECG in the token shards, whatever folder it was read from: one patient-level split over all tasks.
 Made again, the tasks of the kind that is named are replaced and the others kept; the same inputs give the same bytes.
+A task that cannot be joined is counted and listed in left_out.jsonl of the output folder, with the reason and the ECGs it would need.
 """
 
 import argparse
+import json
 import os
 import shutil
 from collections import Counter
@@ -16,14 +18,16 @@ from pathlib import Path
 
 from sharding.reports import clean
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import new_folder
-from toolkit.shards.reader import Shards, read_index
+from toolkit.files import new_folder, write_text
+from toolkit.shards.reader import Shards, how_to_mend, read_index
 from toolkit.shards.writer import write_index, write_split
 from toolkit.tasks.ecgqa import read_ecgqa
 from toolkit.tasks.heartllm import read_heartllm
-from toolkit.tasks.join import ECGs, join, keep_other_tasks, report_tasks, samples
+from toolkit.tasks.join import ECGs, join, keep_other_tasks, left_out, report_tasks, samples
 
 ONCE = ("tokenizer", "tokens_per_ecg", "codes", "levels", "shard_size")
+LEFT_OUT = "left_out.jsonl"
+SHOWN = 3  # ids of it that are printed
 KINDS = ("ecgqa", "reports", "heartllm")
 
 
@@ -52,14 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     joined, counts = join(tasks, ecgs)
     if not counts["joined"]:
         raise UserError(f"--{'qa' if args.qa else 'shards'}: none of {len(tasks)} {args.kind} tasks has its ECG in {args.shards} ({dict(counts)})")
-    made_from = ecgs.digest
+    made_from, lines = ecgs.digest, left_out(tasks, ecgs)
     if args.out.exists() and any(args.out.iterdir()):
         made = read_index(args.out, "--out", "name a new folder")
         if made["kind"] != "tasks" or made["made_from"] != made_from:
             raise UserError(f"--out: {args.out} was not made from these --shards, so its tasks may belong to other ECGs or splits; name a new folder")
-        keep_other_tasks(
-            {s: Shards.open(args.out, s, "--out") for s, entry in made["splits"].items() if entry["samples"]}, {task["task"] for task in tasks}, joined
-        )
+        replaced = {task["task"] for task in tasks}
+        keep_other_tasks({s: Shards.open(args.out, s, "--out") for s, entry in made["splits"].items() if entry["samples"]}, replaced, joined)
+        lines += [line for line in read_left_out(args.out) if line["task"] not in replaced]
 
     with new_folder(args.out) as folder:
         splits = {}
@@ -67,13 +71,31 @@ def main(argv: list[str] | None = None) -> None:
             kinds = Counter(task["question_type"] for (s, _), ts in joined.items() if s == split for task in ts)
             entry = write_split(folder, split, samples(split, joined, ecgs), index["shard_size"])
             splits[split] = {**entry, "tasks": dict(sorted(kinds.items()))}
+        lines.sort(key=lambda line: (line["task"], line["id"]))  # whichever kind was joined first
+        write_text(folder / LEFT_OUT, "".join(json.dumps(line) + "\n" for line in lines))
         shutil.copytree(args.shards / "tokenizer", folder / "tokenizer")
         manifest = os.path.relpath(args.shards / index["manifest"], args.out)
         write_index(folder, splits, kind="tasks", made_from=made_from, manifest=manifest, **{name: index[name] for name in ONCE})
     for what, count in counts.most_common():
         print(f"{count:>9,} {args.kind} tasks: {what}")
+    if lines:
+        first = ", ".join(line["id"] for line in lines[:SHOWN])
+        print(f"{args.out / LEFT_OUT} lists the {len(lines):,} tasks left out, of all kinds; the first: {first}")
     for split, entry in splits.items():
         print(f"{split}: {entry['samples']:,} samples, {sum(entry['tasks'].values()):,} tasks {entry['tasks']}")
+
+
+def read_left_out(out: Path) -> list[dict]:
+    """The lines of left_out.jsonl; none where it is not there, as in folders made before there was one. Raises UserError if it is damaged."""
+    try:
+        lines = [json.loads(text) for text in (out / LEFT_OUT).read_text(encoding="utf-8").splitlines()]
+        if not all({"task", "id"} <= line.keys() for line in lines):
+            raise ValueError
+    except FileNotFoundError:
+        return []
+    except (ValueError, AttributeError):
+        raise UserError(f"--out: {out / LEFT_OUT} is damaged; {how_to_mend('tasks', LEFT_OUT)}") from None
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import yaml
 from toolkit.errors import UserError
 from toolkit.training.arguments import LaunchArguments, arg, parse
 
-RECIPES = sorted(Path(__file__).resolve().parents[1].glob("recipes/*.yaml"))
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
 CLASSES = {"pretrain": "PretrainArguments", "instruct": "InstructArguments", "train_tokenizer": "TokenizerArguments"}
 
 
@@ -26,18 +27,20 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses_with_the_command_in_its_comments(path):
     """The launcher is the one that the command names."""
-    launcher, given = re.search(rf"launchers/(\w+)\.py (--recipe recipes/{path.name} .*)", path.read_text()).groups()
+    name = path.relative_to(ROOT)
+    launcher, given = re.search(rf"launchers/(\w+)\.py (--recipe {name} .*)", path.read_text()).groups()
     cls = getattr(import_module(f"launchers.{launcher}"), CLASSES[launcher])
-    args = parse(cls, "", shlex.split(given.replace(f"recipes/{path.name}", str(path))))
+    args = parse(cls, "", shlex.split(given.replace(str(name), str(path))))
     recipe = yaml.safe_load(path.read_text())
     assert not {"shards", "manifest", "output_dir"} & recipe.keys()  # paths are the user's
-    assert (Path(path.parents[1]) / args.deepspeed).is_file()
+    assert (ROOT / args.deepspeed).is_file()
     for name, value in recipe.items():
         assert getattr(args, name) == (float(value) if name == "learning_rate" else value)
 
 
-def test_the_papers_recipe_is_the_releases_choice():
-    recipe = yaml.safe_load(next(path for path in RECIPES if path.stem == "paper-pretrain").read_text())
+def test_the_papers_recipes_are_the_releases_choice():
+    recipe, tuning = (yaml.safe_load((ROOT / f"recipes/paper-{stage}.yaml").read_text()) for stage in ("pretrain", "instruct"))
+    assert (tuning["prompt"], tuning["train_rows"], tuning["train_norms"], tuning["lora_r"], tuning["lora_alpha"]) == ("paper", "none", True, 64, 16)
     assert (recipe["objective"], recipe["train"], float(recipe["learning_rate"]), recipe["num_train_epochs"]) == ("windows", "lora+norms+embeddings", 1e-4, 1)
 
 

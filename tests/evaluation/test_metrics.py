@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.evaluation import blind
-from toolkit.evaluation.metrics import exact_match, question_counts, report_scores
+from toolkit.evaluation.metrics import exact_match, over_blind, question_counts, report_scores
+from toolkit.evaluation.statistics import patient_bootstrap
 from toolkit.tasks.answers import join_answers
 
 SINGLE = ["single-verify", "single-choose", "single-query"]
@@ -122,6 +123,35 @@ def test_an_unknown_task_is_named_and_not_dropped():
     for score in (exact_match, report_scores, question_counts):
         with pytest.raises(ValueError, match="'ptbxl-7'.*'reports'"):
             score([row])
+
+
+# over the blind baseline
+
+
+@settings(max_examples=8, deadline=None)
+@given(question_rows, st.lists(report_rows.map(lambda rows: rows[0]), max_size=3), st.randoms(use_true_random=False))
+def test_over_blind_is_the_difference_of_both_scores_and_its_interval_of_each_kinds_rows(questions, reports, random):
+    rows = [{**row, "blind": random.choice(["yes", row["reference"]])} for row in questions + reports]
+    patients = [random.choice("abcd") for _ in rows]
+    compared = over_blind(rows, patients)
+    model, blind_too = exact_match(rows), exact_match([{**row, "prediction": row["blind"]} for row in rows])
+    assert list(compared) == list(model)
+    for kind, over in compared.items():
+        mine = [(row, p) for row, p in zip(rows, patients) if row["task"] == "ecgqa" and kind in ("overall", row["question_type"])]
+        assert (over["n"], over["patients"]) == (len(mine), len({p for _, p in mine}))
+        if not mine:
+            assert over["difference"] is over["low"] is over["high"] is None
+            continue
+        assert over["difference"] == pytest.approx(model[kind] - blind_too[kind])
+        right, by_blind = ([exact_match([{**row, "prediction": row[by]}])["overall"] for row, _ in mine] for by in ("prediction", "blind"))
+        assert (over["difference"], over["low"], over["high"]) == patient_bootstrap(right, by_blind, [p for _, p in mine])
+
+
+def test_over_blind_refuses_patients_that_do_not_fit():
+    with pytest.raises(ValueError):
+        over_blind([{**question("yes", "yes"), "blind": "no"}] * 3, ["a", "b"])
+    with pytest.raises(ValueError, match="'reports'"):
+        over_blind([{**report("a", "a"), "blind": "a", "task": "reports"}], ["a"])
 
 
 # reports

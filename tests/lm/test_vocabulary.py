@@ -1,9 +1,8 @@
 """The ECG vocabulary on tokenizers with and without BOS, on tied and untied heads; loading with plain transformers."""
 
 import itertools
-import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from toolkit.errors import UserError
-from toolkit.lm.backbone import STAMP, check_stamp, load_backbone, save_stamp
+from toolkit.lm.backbone import check_stamp, load_backbone, save_stamp
 from toolkit.lm.trained import load_trained
 from toolkit.lm.vocabulary import PAD_TO, _ordered_rows, ecg_vocabulary, extend
-from toolkit.tasks.prompts import forecast_group, prefix_ids
+from toolkit.tasks.prompts import Prompts, ecg_ids, forecast_group
 
 
 def small(tied: bool, bos: bool):
@@ -51,7 +50,7 @@ def test_extension_keeps_text_and_adds_1298_real_tokens(tied, bos, tmp_path):
     assert tokenizer.decode([3, 8, 4], skip_special_tokens=True).split() == ["sinus", "rhythm"]
     assert extend(model, tokenizer, [6, 6, 6, 6], seed=1, knows_text=False) == vocabulary  # a second time changes nothing
 
-    ids = prefix_ids(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16))
+    ids = ecg_ids(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16))
     assert ids.tolist() == [2] * bos + [6, 8, 1303, 7]
     group = forecast_group(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16))
     assert group.prefix.target.tolist() == [False] * bos + [False, True, True]
@@ -97,7 +96,7 @@ def test_gain_tokens_are_real_ordered_and_kept(tied, tmp_path):
     assert extend(model, tokenizer, [6, 6, 6, 6], seed=1, knows_text=False) == plain == vocabulary  # they stay without being asked for again
 
     gains = np.array([[1e-3, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.55, 2.57, 50]])
-    ids = prefix_ids(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16), gains)
+    ids = ecg_ids(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16), gains)
     assert (ids - 1304)[2:14].tolist() == [0, 0, 4, 8, 12, 16, 20, 24, 28, 31, 31, 31]
     assert ids[:2].tolist() == [2, 6] and ids[14:].tolist() == [8, 1303, 7]
     target = forecast_group(tokenizer, vocabulary, np.array([[0, 1295]], np.uint16), gains).prefix.target
@@ -136,15 +135,15 @@ def test_other_numbers_of_codes_are_refused():
         extend(model, tokenizer, [4, 4, 4, 4], seed=0, knows_text=False)
 
 
-@pytest.mark.parametrize("gain_text", [False, True])
-def test_a_trained_model_remembers_how_it_is_told_the_gains(tmp_path, gain_text):
+@pytest.mark.parametrize("prompts", [Prompts(gain_text=True), Prompts("chat", background=True)])
+def test_a_trained_model_remembers_how_it_is_asked(tmp_path, prompts):
     model, tokenizer = small(False, True)
-    vocabulary = extend(model, tokenizer, [4, 4], seed=0, knows_text=False, gain_tokens=not gain_text)
+    vocabulary = extend(model, tokenizer, [4, 4], seed=0, knows_text=False, gain_tokens=not prompts.gain_text)
     index = {"tokenizer": "a" * 16, "codes": 16, "levels": [4, 4]}
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    save_stamp(tmp_path, index, knows_text=True, gain_text=gain_text)
-    assert load_trained(tmp_path, index, torch.float32)[2] == replace(vocabulary, gain_text=gain_text)
+    save_stamp(tmp_path, index, knows_text=True, prompts=asdict(prompts))
+    assert load_trained(tmp_path, index, torch.float32)[2:] == (vocabulary, prompts)
 
 
 def test_unknown_backbone_names_the_argument():
@@ -165,11 +164,6 @@ def test_a_stamp_of_another_tokenizer_is_refused(tmp_path):
         check_stamp(tmp_path, index, "--backbone")
     save_stamp(tmp_path, index, knows_text=False)
     stamp = check_stamp(tmp_path, index, "--backbone")
-    assert not stamp["knows_text"] and not stamp["gain_text"]
-    old = {name: value for name, value in stamp.items() if name != "gain_text"}
-    (tmp_path / STAMP).write_text(json.dumps({**old, "levels": 6, "dims": 4}))
-    assert check_stamp(tmp_path, index, "--backbone")["gain_text"] is False
-    save_stamp(tmp_path, index, knows_text=True, gain_text=True)
-    assert check_stamp(tmp_path, index, "--backbone")["gain_text"]
+    assert not stamp["knows_text"]
     with pytest.raises(UserError, match="use the shards it was trained with"):
         check_stamp(tmp_path, {**index, "tokenizer": "b" * 16}, "--backbone")

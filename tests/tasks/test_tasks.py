@@ -5,36 +5,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.errors import UserError
-from toolkit.lm.model import PackedLM
 from toolkit.shards.order import sample_at
 from toolkit.shards.reader import Shards
 from toolkit.shards.writer import write_index, write_split
 from toolkit.tasks.answers import join_answers, split_answers
-from toolkit.tasks.data import ForecastData, TaskData
+from toolkit.tasks.data import ForecastData
 from toolkit.tasks.ecgqa import read_ecgqa
 from toolkit.tasks.join import ECGs, join, report_tasks, samples
-from toolkit.tasks.prompts import branch, question_text, reference_text, task_group
 
 VERIFY = {"task": "ecgqa", "question": "Does this ECG show symptoms of atrial fibrillation?", "answer": ["yes"]}
 QUERY = {"task": "ecgqa", "question": "What symptoms does this ECG show?", "answer": ["sinus rhythm", "normal ecg"]}
 REPORT = {"task": "report", "report": "sinus rhythm. normal ecg."}
 CODES = np.arange(313, dtype=np.uint16)[None]
-
-
-@pytest.mark.parametrize("task", [VERIFY, QUERY, REPORT])
-def test_targets_are_the_answer_and_the_end_token_alone(tiny, task):
-    _, tokenizer, vocabulary = tiny
-    sequence = branch(tokenizer, task)
-    assert tokenizer.decode(sequence.ids[sequence.target]) == f" {reference_text(task)}<|end_of_text|>"
-    assert tokenizer.decode(sequence.ids[~sequence.target]) == f"\n{question_text(task)}"
-    group = task_group(tokenizer, vocabulary, CODES, None, [task])
-    assert not group.prefix.target.any()
-    assert group.prefix.ids[0] == tokenizer.bos_token_id and group.prefix.ids[2:-1].tolist() == list(range(vocabulary.first, vocabulary.first + 313))
 
 
 @given(st.permutations(["c, d", "a", "b"]))
@@ -56,42 +42,10 @@ def shards(tmp_path):
     return Shards.open(tmp_path, "train")
 
 
-def test_task_data_draws_the_same_tasks_for_the_same_place(tiny, shards):
-    _, tokenizer, vocabulary = tiny
-    one, two = (TaskData(shards, tokenizer, vocabulary, 3, seed=0) for _ in range(2))
-    for position in (0, 3, 7, 12):
-        sample = [sample_at(0, len(one), position)]
-        assert (one.batch(sample).inputs.input_ids == two.batch(sample).inputs.input_ids).all()
-    text = [tokenizer.decode(one.batch([(epoch, 4)]).inputs.input_ids[316:]) for epoch in range(4)]
-    assert len(set(text)) > 1 and all(t.count("Question:") == 3 for t in text)  # three of five, another choice each epoch
-    assert not any("secret" in t for t in text)
-
-
 def test_counts_of_a_micro_batch(tiny, shards):
     _, tokenizer, vocabulary = tiny
     batch = ForecastData(shards, tokenizer, vocabulary).batch([(0, 0), (0, 1)])
     assert (batch.ecgs, batch.targets, batch.tokens) == (2, 2 * 313, 2 * 315)  # without an end token
-
-
-@pytest.mark.parametrize("how", [{}, {"gain_first": None, "gain_text": True}])
-def test_gains_stand_once_before_all_tasks_and_are_no_targets(tiny_with_gains, shards, how):
-    model, tokenizer, vocabulary = tiny_with_gains
-    vocabulary = replace(vocabulary, **how)
-    data = TaskData(shards, tokenizer, vocabulary, 8, seed=0)
-    rows = [data.batch([(0, i)]) for i in (0, 1)]
-    ids, ends = [row.inputs.input_ids for row in rows], [row.inputs.layout[0][1] for row in rows]
-    if vocabulary.gain_text:
-        words = [tokenizer.decode(one[316:end]) for one, end in zip(ids, ends)]
-        leads = ("I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6")
-        assert words == ["\nLead amplitudes (SD, mV): " + ", ".join(f"{lead} {mv}" for lead in leads) + "." for mv in (0.1, 0.2)]
-    else:
-        assert [(one[2:14] - vocabulary.gain_first).tolist() for one in ids] == [[13] * 12, [17] * 12]  # 0.0951 to 0.113 mV and an octave more
-    assert all(row.targets == (TaskData(shards, tokenizer, replace(vocabulary, gain_first=None, gain_text=False), 8, seed=0).batch([(0, i)]).targets)
-               for i, row in enumerate(rows))  # fmt: skip
-    both = data.batch([(0, 0), (0, 1)])
-    with torch.no_grad():
-        difference = PackedLM(model)(both.inputs, logits=True) - torch.cat([PackedLM(model)(row.inputs, logits=True) for row in rows])
-    assert difference.abs().max() < 1e-4
 
 
 def test_pretraining_predicts_the_same_tokens_with_gains_before_them(tiny_with_gains, shards):
@@ -128,7 +82,8 @@ def test_rows_with_reports_never_exceed_seq_len(tiny, tmp_path, monkeypatch):
     """Room for every report where the longest was measured, a cut one where it was not."""
     _, tokenizer, vocabulary = tiny
     shards = token_shards(tmp_path, ["normal ecg.", "sinus rhythm. normal ecg. " * 9, "", "sinus rhythm."])
-    lengths = [len(branch(tokenizer, {"task": "report", "report": shards.meta(i)["report"]}).ids) for i in range(4)]
+    words = [f"\nWrite the report of this ECG.\nReport: {shards.meta(i)['report']}" for i in range(4)]
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in words]
     whole = ForecastData(shards, tokenizer, vocabulary, reports=True, seq_len=2 * (316 + lengths[1]))
     assert (whole.samples_per_row, whole.report_room, whole.cut_reports) == (2, lengths[1], 0)
     assert [whole.batch([(0, i)]).tokens for i in range(4)] == [316 + lengths[0], 316 + lengths[1], 315, 316 + lengths[3]]

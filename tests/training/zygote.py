@@ -1,7 +1,7 @@
 """Launcher runs without their eight seconds of imports: `python -m tests.training.zygote` imports once and forks the ranks of every run.
 
-Each line of stdin is a run, {"world", "argv", "log", "environment"}; it answers with the ranks' pids, and when all have ended with their exit codes
-(negative: the signal). Like the deepspeed launcher it ends the others when one fails, here after 20 s.
+Each line of stdin is a run, {"launcher", "world", "argv", "log", "before", "environment"}; it answers with the ranks' pids, and when all have ended with
+their exit codes (negative: the signal). Like the deepspeed launcher it ends the others when one fails, here after 20 s.
 """
 
 import json
@@ -12,8 +12,10 @@ import time
 import traceback
 from pathlib import Path
 
-from launchers import pretrain
+from launchers import instruct, pretrain
 from toolkit.training.distributed import launcher
+
+LAUNCHERS = {"pretrain": pretrain, "instruct": instruct}
 
 
 def rank(order: dict, number: int) -> int:
@@ -23,11 +25,11 @@ def rank(order: dict, number: int) -> int:
     os.dup2(log, 2)
     places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": order["world"], "LOCAL_SIZE": order["world"], "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in {**places, **order["environment"]}.items()})
-    sys.argv = ["pretrain.py", *order["argv"]]
+    sys.argv = [f"{order['launcher']}.py", *order["argv"]]
     for hook in order["before"]:
-        exec(hook, {"pretrain": pretrain})  # a fault that the test plants
+        exec(hook, dict(LAUNCHERS))  # a fault that the test plants
     try:
-        launcher(pretrain.main)()
+        launcher(LAUNCHERS[order["launcher"]].main)()
     except SystemExit as exit:
         return exit.code or 0
     except BaseException:

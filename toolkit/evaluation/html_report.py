@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jinja2
 
-from toolkit.evaluation.metrics import EXACT_MATCH_CONVENTION, REPORT_CONVENTION
+from toolkit.evaluation.metrics import EXACT_MATCH_CONVENTION, OVER_BLIND_CONVENTION, REPORT_CONVENTION
 from toolkit.files import write_text
 
 REPORT_SCORES = {
@@ -27,7 +27,8 @@ def write_report(path: str | os.PathLike, metrics: dict, samples: list[dict], in
     """Write the self-contained report.
 
     metrics: `{"exact_match": {"overall", <question type>}, "counts": {<question type>: n}, "report": {"bleu_1", ...,
-        "rouge_l", "n"}, "blind": {"exact_match": {...}, "report": {...}}}`, fractions in 0..1 or None.
+        "rouge_l", "n"}, "blind": {"exact_match": {...}, "report": {...}}}`, fractions in 0..1 or None; with "over_blind", that of
+        `metrics.over_blind`, differences of exact match get their intervals.
     samples: `{"key", "title", "png": bytes, "questions": [{"question_type", "question", "reference", "prediction",
         "blind", "correct": bool}], "report": {"reference", "prediction"} | None}`, one card each.
     info: what was run, shown as a table in the given order; a list is joined by commas.
@@ -42,20 +43,25 @@ def write_report(path: str | os.PathLike, metrics: dict, samples: list[dict], in
     )
     page = environment.get_template("report.html.j2").render(
         info={name: _text(value) for name, value in info.items()},
-        questions=_question_rows(metrics["exact_match"], blind["exact_match"], metrics["counts"]),
+        questions=_question_rows(metrics["exact_match"], blind["exact_match"], metrics["counts"], metrics.get("over_blind", {})),
         reports=_report_rows(metrics["report"], blind["report"]),
         report_count=f"{metrics['report']['n']:,}",
         exact_match_convention=EXACT_MATCH_CONVENTION,
+        over_blind_convention=OVER_BLIND_CONVENTION,
         report_convention=REPORT_CONVENTION,
         cards=[_card(sample) for sample in samples],
     )
     write_text(Path(path), page)
 
 
-def _question_rows(model: dict, blind: dict, counts: dict) -> list[dict]:
-    total = sum(counts.values())
-    rows = [_score_row("All questions", model["overall"], blind["overall"], n=total)]
-    return rows + [_score_row(kind, model[kind], blind.get(kind), n=n) for kind, n in counts.items()]
+def _question_rows(model: dict, blind: dict, counts: dict, over_blind: dict) -> list[dict]:
+    rows = []
+    for kind, n in {"overall": sum(counts.values()), **counts}.items():
+        over = over_blind.get(kind, {"low": None})
+        interval = None if over["low"] is None else f"{_points(over['low'])} to {_points(over['high'])}"
+        label = "All questions" if kind == "overall" else kind
+        rows.append({**_score_row(label, model[kind], blind.get(kind), n=n), "interval": interval})
+    return rows
 
 
 def _report_rows(model: dict, blind: dict) -> list[dict]:
@@ -64,15 +70,14 @@ def _report_rows(model: dict, blind: dict) -> list[dict]:
 
 def _score_row(label: str, model: float | None, blind: float | None, n: int) -> dict:
     """One table row: numbers as text in percent, and the two lengths of the bar in percent of its width."""
-    difference = None if model is None or blind is None else 100 * (model - blind)
+    difference = None if model is None or blind is None else model - blind
     return {
         "label": label,
         "n": f"{n:,}",
         "model": _percent(model),
         "blind": _percent(blind),
-        # + 0.0 turns the -0.0 of a rounded tiny loss into 0.0, which reads "+0.0".
-        "difference": MISSING if difference is None else f"{round(difference, 1) + 0.0:+.1f}".replace("-", "−"),
-        "worse": difference is not None and round(difference, 1) < 0,
+        "difference": MISSING if difference is None else _points(difference),
+        "worse": difference is not None and round(100 * difference, 1) < 0,
         "bar": None if model is None else f"{100 * model:.2f}%",
         "mark": None if blind is None else f"{100 * blind:.2f}%",
     }
@@ -87,6 +92,11 @@ def _card(sample: dict) -> dict:
         "right": sum(bool(question["correct"]) for question in sample["questions"]),
         "report": sample["report"],
     }
+
+
+def _points(difference: float) -> str:
+    # + 0.0 turns the -0.0 of a rounded tiny loss into 0.0, which reads "+0.0".
+    return f"{round(100 * difference, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def _percent(fraction: float | None) -> str:

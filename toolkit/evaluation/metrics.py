@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
+from toolkit.evaluation.statistics import patient_bootstrap
 from toolkit.tasks.answers import split_answers
 
 SINGLE_QUESTION_TYPES = ("single-verify", "single-choose", "single-query")
@@ -25,6 +26,11 @@ REPORT_CONVENTION = (
     "BLEU-n: sacrebleu corpus BLEU of order n, nrefs:1 case:lc eff:no tok:13a smooth:exp; ROUGE-L: rouge-score F1 "
     "without stemming, mean over reports; an empty prediction scores 0 and is never dropped"
 )
+OVER_BLIND_CONVENTION = (
+    "exact match minus that of the blind baseline on the same questions, with a 95 % percentile interval of 2,000 bootstrap "
+    "draws of patients, each with all questions; a question about ECGs of two patients is the first one's; the model and "
+    "the baseline stay as they are in all draws"
+)
 
 _MAX_ORDER = 4
 
@@ -36,9 +42,9 @@ def question_counts(rows: Sequence[dict]) -> dict[str, int]:
     return {kind: found[kind] for kind in (*SINGLE_QUESTION_TYPES, *others)}
 
 
-def is_correct(row: dict) -> bool:
-    """Whether the answers of a prediction are the set of the reference's answers."""
-    return split_answers(row["prediction"]) == split_answers(row["reference"])
+def is_correct(row: dict, by: str = "prediction") -> bool:
+    """Whether the answers by the model, or with `by` "blind" by the baseline, are the set of the reference's answers."""
+    return split_answers(row[by]) == split_answers(row["reference"])
 
 
 def exact_match(rows: Sequence[dict]) -> dict[str, float | None]:
@@ -51,6 +57,27 @@ def exact_match(rows: Sequence[dict]) -> dict[str, float | None]:
     asked = question_counts(rows)
     scores = {"overall": _fraction(sum(right.values()), sum(asked.values()))}
     return scores | {kind: _fraction(right[kind], n) for kind, n in asked.items()}
+
+
+def over_blind(rows: Sequence[dict], patients: Sequence[str]) -> dict[str, dict[str, float | int | None]]:
+    """How much better than the blind baseline the model answers, per question type and overall, by `OVER_BLIND_CONVENTION`.
+
+    rows: predictions, with the baseline's answer as "blind". patients: [len(rows)], the patient of each.
+    Returns `{"overall": {"difference", "low", "high", "n", "patients"}, "<question_type>": ...}`, difference, low and high as
+    fractions in -1..1 or None (see `patient_bootstrap`), n questions of so many patients. Raises ValueError on a row of an unknown task.
+    """
+    asked = {kind: [] for kind in ("overall", *question_counts(rows))}
+    for row, patient in zip(rows, patients, strict=True):
+        if row["task"] == "ecgqa":
+            judged = is_correct(row), is_correct(row, "blind"), patient
+            asked["overall"].append(judged)
+            asked[row["question_type"]].append(judged)
+    compared = {}
+    for kind, judged in asked.items():
+        right, blind, whose = zip(*judged) if judged else ((), (), ())
+        difference, low, high = patient_bootstrap(right, blind, whose)
+        compared[kind] = {"difference": difference, "low": low, "high": high, "n": len(right), "patients": len(set(whose))}
+    return compared
 
 
 def report_scores(rows: Sequence[dict]) -> dict[str, float | int | None]:

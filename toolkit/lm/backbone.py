@@ -122,11 +122,11 @@ def backbone_digest(name: str, model: PreTrainedModel) -> str | None:
 STAMP = "heartspeed.json"
 
 
-def save_stamp(folder: Path, index: dict, knows_text: bool, gain_text: bool = False) -> None:
-    """Write beside a model which ECG tokenizer its ECG tokens mean, whether it ever was trained on text (`tiny` was not), and whether its
-    prompts say the gains in words."""
+def save_stamp(folder: Path, index: dict, knows_text: bool, **more) -> None:
+    """Write beside a model which ECG tokenizer its ECG tokens mean, whether it ever was trained on text (`tiny` was not), and what else is to be known
+    of it: the `prompts` that it was tuned on."""
     stamp = {name: index[name] for name in ("tokenizer", "codes", "levels")}
-    write_text(folder / STAMP, json.dumps({**stamp, "knows_text": knows_text, "gain_text": gain_text}, indent=2))
+    write_text(folder / STAMP, json.dumps({**stamp, "knows_text": knows_text, **more}, indent=2))
 
 
 def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
@@ -144,4 +144,4 @@ def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
             f"{flag}: {folder} was trained on tokens of ECG tokenizer {stamp['tokenizer']}, the shards hold {index['tokenizer']};"
             " use the shards it was trained with"
         )
-    return {"gain_text": False, **stamp}  # stamps before there were gains do not say
+    return stamp

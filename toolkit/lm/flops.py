@@ -52,7 +52,9 @@ def seen_pairs(row: Packed) -> int:
 
 
 def _size(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """Shape of a layer's weight, also where ZeRO-3 has left an empty one."""
+    """Shape of a layer's weight, also where ZeRO-3 has left an empty one, or where two numbers of 4 bits share a byte."""
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
     return tuple(getattr(module.weight, "ds_shape", module.weight.shape))
 
 

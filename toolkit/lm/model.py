@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from toolkit.errors import UserError
 from toolkit.lm import attention
+from toolkit.lm.continuous import ECGAdapter, embedded
 from toolkit.lm.kernels import LOSSES
 from toolkit.shards.packing import Packed
 
@@ -20,12 +21,13 @@ class PackedLM(torch.nn.Module):
     """`lm` (a Hugging Face causal LM, or a PEFT model of one) with `heartspeed_packed` attention. Save `.lm`, not this.
 
     kernels: `liger` or `eager`, what `kernels.apply` returned. head_rows: the loss and the logits are over these rows of the vocabulary alone.
+    adapter: what makes embeddings of a row's `features`, trained beside `lm`; without one ECG tokens have rows of the embedding as all others.
     Raises UserError for a backbone whose logits are not its head's weight times the hidden state.
     """
 
-    def __init__(self, lm: PreTrainedModel | PeftModel, kernels: str = "eager", head_rows: range | None = None):
+    def __init__(self, lm: PreTrainedModel | PeftModel, kernels: str = "eager", head_rows: range | None = None, adapter: ECGAdapter | None = None):
         super().__init__()
-        self.lm, self.head_rows, self.loss = lm, head_rows, LOSSES[kernels]
+        self.lm, self.head_rows, self.loss, self.adapter = lm, head_rows, LOSSES[kernels], adapter
         attention.use_packed_attention(lm)
         head = self._base().get_output_embeddings()
         what = next((name for name in SCALED_LOGITS if getattr(lm.config, name, None) not in (None, 1, 1.0)), None)
@@ -49,8 +51,9 @@ class PackedLM(torch.nn.Module):
                 raise ValueError(f"a target is outside of the head's rows {rows.start} to {rows.stop - 1}")
         base, device = self._base(), next(self.parameters()).device
         place = lambda array: torch.from_numpy(array).to(device)
+        ids = place(row.input_ids)[None]
         hidden = base.get_decoder()(
-            input_ids=place(row.input_ids)[None],
+            **({"input_ids": ids} if self.adapter is None else {"inputs_embeds": embedded(base, self.adapter, ids, row.features)}),
             position_ids=place(row.position_ids)[None],
             layout=attention.Layout.of(row.layout, device),
             use_cache=False,  # with a cache transformers builds masks of its own, that see across documents

@@ -1,7 +1,6 @@
 """Load what the trainers wrote, for evaluation: a full model or a LoRA adapter merged into its backbone."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,33 +9,61 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from toolkit.errors import UserError, first_line
 from toolkit.lm.backbone import check_stamp
+from toolkit.lm.continuous import ECGAdapter
 from toolkit.lm.vocabulary import ecg_vocabulary
+from toolkit.tasks.prompts import Prompts
 from toolkit.tasks.vocabulary import ECGVocabulary
 
+ADAPTER = "adapter_config.json"
 
-def load_trained(folder: str | Path, index: dict, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ECGVocabulary]:
-    """Model (adapter merged in), tokenizer and ECG vocabulary of a folder written by launchers/instruct.py or pretrain.py.
+
+def load_trained(
+    folder: str | Path, index: dict, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ECGVocabulary, Prompts, ECGAdapter | None]:
+    """Model (LoRA merged in), tokenizer, ECG vocabulary, prompts and, if it reads continuous ECGs, the layer that they go through; of a folder written by
+    launchers/instruct.py, pretrain.py or toolkit.lm.merge.
 
     index: the shards' index.json. Raises UserError naming --model if the folder is no model or knows other ECG tokens.
     """
     folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+    if not any((folder / name).is_file() for name in (ADAPTER, "config.json")):
         raise UserError(f"--model: {folder} holds neither an adapter nor a model; name the --output_dir of launchers/instruct.py")
     stamp = check_stamp(folder, index, "--model")
-    adapter = folder / "adapter_config.json"
+    model, tokenizer = load_merged(folder, dtype, "--model")
+    asked = stamp.get("prompts", {"gain_text": stamp.get("gain_text", False)})  # older stamps say of their prompts this alone
+    vocabulary = ecg_vocabulary(tokenizer)
+    adapter = ECGAdapter.load(folder, vocabulary.code_rows, "--model").to(dtype) if stamp.get("ecg_input") == "continuous" else None
+    return model.eval(), tokenizer, vocabulary, Prompts(**asked), adapter
+
+
+def load_merged(folder: Path, dtype: torch.dtype, flag: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A plain model and its tokenizer: of a model's folder, or of an adapter's with the adapter merged into its backbone.
+
+    An adapter that was trained on a 4-bit backbone is merged into the unquantised weights. Raises UserError naming the flag if one does not load.
+    """
+    base = backbone_of(folder, flag) if (folder / ADAPTER).is_file() else folder
     try:
-        base = _backbone_of(folder) if adapter.is_file() else folder
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-        if adapter.is_file():
+        if base != folder:
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return model, AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # a model folder fails in as many ways as there are libraries that read it
-        raise UserError(f"--model: {folder} does not load, or its backbone does not ({first_line(error)})") from error
-    return model.eval(), tokenizer, replace(ecg_vocabulary(tokenizer), gain_text=stamp["gain_text"])
+        raise UserError(f"{flag}: {folder} does not load, or its backbone {base} does not ({first_line(error)})") from error
 
 
-def _backbone_of(folder: Path) -> str:
-    """The backbone that an adapter names; if it is no longer there, the folder of that name beside the adapter (a moved run)."""
-    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    beside = folder.resolve().parent / Path(named).name
-    return str(beside) if Path(named).is_absolute() and not Path(named).exists() and beside.is_dir() else named
+def backbone_of(folder: Path, flag: str) -> Path | str:
+    """The backbone that an adapter names: a folder, or a name of the hub. If the folder is gone, the one of that name beside the adapter (a moved run).
+
+    Raises UserError naming the flag if there is none.
+    """
+    try:
+        named = json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
+        path = Path(named)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{flag}: {folder / ADAPTER} is damaged or names no backbone; make the adapter again") from None
+    if not path.is_absolute():
+        return named
+    beside = folder.resolve().parent / path.name
+    if not path.is_dir() and not beside.is_dir():
+        raise UserError(f"{flag}: the backbone of {folder} is gone; put it back to {path}, or beside the adapter as {beside}")
+    return path if path.is_dir() else beside

@@ -3,6 +3,8 @@
 The stream of samples is endless: epoch e is a permutation of the n samples drawn from (seed, e), and epochs follow each other without a
 gap, so a global batch may straddle two epochs and every rank always gets the same number of samples. A step consumes the positions
 [cursor, cursor + global batch); rank r of w takes a fixed part of it. Resuming is O(1): the cursor is all there is to remember.
+
+A mixture has several such streams. Of every 1,000 positions each stream gets its share, exactly, in an order drawn from (seed, number of the 1,000).
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,8 @@ class MicroBatch:
 
 
 class Data(Protocol):
-    """`len()` is the number of training samples; `batch` makes a micro-batch of some of them, given as (epoch, index); `key` names one.
+    """`len()` is the number of training samples; `at` says which of them, as (epoch, index), is at a position; `batch` makes a micro-batch of some of
+    them; `key` names one.
 
     samples_per_row: a micro-batch has `per_device_train_batch_size` rows of so many samples.
     """
@@ -32,20 +35,56 @@ class Data(Protocol):
 
     def __len__(self) -> int: ...
 
+    def at(self, seed: int, position: int) -> tuple[int, int]: ...
+
     def key(self, index: int) -> str: ...
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch: ...
 
 
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)  # 58 ms for n = 800,000, once an epoch
+BLOCK = 1000  # positions in which the shares of a mixture are exact
+ARRANGEMENT = 1 << 24  # in the place of a stream's number: what the order of a block is drawn from
 
 
-def sample_at(seed: int, n: int, position: int) -> tuple[int, int]:
+@lru_cache(maxsize=16)
+def _permutation(seed: int, epoch: int, n: int, stream: int = 0) -> np.ndarray:
+    key = [seed, epoch + (stream << 32)]
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)  # 58 ms for n = 800,000, once an epoch
+
+
+def sample_at(seed: int, n: int, position: int, stream: int = 0) -> tuple[int, int]:
     """(epoch, index) of the sample at a position of the endless stream over n samples."""
     epoch, offset = divmod(position, n)
-    return epoch, int(_permutation(seed, epoch, n)[offset])
+    return epoch, int(_permutation(seed, epoch, n, stream)[offset])
+
+
+def mixed_at(seed: int, sizes: list[int], counts: tuple[int, ...], position: int) -> tuple[int, int, int]:
+    """(stream, epoch of the stream, index in it) at a position of a mixture of streams of `sizes` samples, each `counts` times in a block (`block_counts`)."""
+    if len(sizes) == 1:
+        return (0, *sample_at(seed, sizes[0], position))
+    block, offset = divmod(position, BLOCK)
+    stream, before = (int(part[offset]) for part in _arrangement(seed, block, counts))
+    return (stream, *sample_at(seed, sizes[stream], block * counts[stream] + before, stream))
+
+
+@lru_cache(maxsize=16)
+def _arrangement(seed: int, block: int, counts: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """For each place of a block its stream, and how many places of that stream come before it in the block."""
+    streams = np.repeat(np.arange(len(counts)), counts)[_permutation(seed, block, BLOCK, ARRANGEMENT)]
+    before = np.empty_like(streams)
+    for stream, count in enumerate(counts):
+        before[streams == stream] = np.arange(count)
+    return streams, before
+
+
+def block_counts(weights: list[float]) -> tuple[int, ...]:
+    """How many of the `BLOCK` positions each stream gets, by largest remainders. Raises ValueError where one would get none."""
+    exact = BLOCK * np.array(weights, float) / sum(weights)
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
+    if counts.min() < 1:
+        raise ValueError(f"a share is less than one in {BLOCK}")
+    return tuple(counts.tolist())
 
 
 def spaced(n: int, limit: int) -> list[int]:

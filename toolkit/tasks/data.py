@@ -1,16 +1,16 @@
-"""Micro-batches for the language model: ECGs to forecast, or ECGs with their questions and reports.
+"""Micro-batches of pretraining: ECGs to forecast.
 
-A micro-batch is one padding-free row, in which attention never crosses ECGs. For pretraining its size is counted in rows of `--seq_len`
-tokens: each stands for the same number of whole ECGs, `samples_per_row`, so that the place in the data stays arithmetic.
+A micro-batch is one padding-free row, in which attention never crosses ECGs. Its size is counted in rows of `--seq_len` tokens: each stands
+for the same number of whole ECGs, `samples_per_row`, so that the place in the data stays arithmetic.
 """
 
 import numpy as np
 
 from toolkit.errors import UserError
-from toolkit.shards.order import MicroBatch
+from toolkit.shards.order import MicroBatch, sample_at
 from toolkit.shards.packing import Group, Sequence, pack
 from toolkit.shards.reader import Shards
-from toolkit.tasks.prompts import branch, ecg_ids, forecast_group, task_group
+from toolkit.tasks.prompts import Prompts, branch, ecg_ids, forecast_group, prompt_ids
 from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.tasks.windows import LEAST, window_groups, window_starts
 
@@ -48,11 +48,14 @@ class ForecastData:
     def __len__(self) -> int:
         return len(self.shards)
 
+    def at(self, seed: int, position: int) -> tuple[int, int]:
+        return sample_at(seed, len(self), position)
+
     def key(self, index: int) -> str:
         return self.shards.key(index)
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
-        return _micro_batch([group for epoch, i in samples for group in self._groups(epoch, i)], len(samples))
+        return micro_batch([group for epoch, i in samples for group in self._groups(epoch, i)], len(samples))
 
     def _groups(self, epoch: int, i: int) -> list[Group]:
         codes, gain_tokens = self.shards.ids(i), self.vocabulary.gain_first is not None
@@ -67,7 +70,8 @@ class ForecastData:
     def _report(self, meta: dict) -> list[Sequence]:
         if not (self.reports and meta["report"]):
             return []
-        report = branch(self.tokenizer, {"task": "report", "report": meta["report"]})
+        task, said = {"task": "report", "report": meta["report"]}, Prompts()
+        report = branch(self.tokenizer, said, task, prompt_ids(self.tokenizer, self.vocabulary, said, self.shards.ids(0), meta, task))
         if self.report_room is not None and len(report.ids) > self.report_room:
             report = Sequence(report.ids[: self.report_room], report.target[: self.report_room])
             self.cut_reports += 1
@@ -83,32 +87,6 @@ class ForecastData:
         return len(ecg_ids(self.tokenizer, self.vocabulary, self.shards.ids(longest), self.shards.meta(longest)["gains"])) + self.report_room
 
 
-class TaskData:
-    """Instruction tuning: each ECG once with up to `tasks_per_ecg` of its tasks as branches, drawn anew every epoch from (seed, epoch, index)."""
-
-    samples_per_row = 1
-
-    def __init__(self, shards: Shards, tokenizer, vocabulary: ECGVocabulary, tasks_per_ecg: int, seed: int):
-        self.shards, self.tokenizer, self.vocabulary, self.tasks_per_ecg, self.seed = shards, tokenizer, vocabulary, tasks_per_ecg, seed
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def key(self, index: int) -> str:
-        return self.shards.key(index)
-
-    def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
-        groups = []
-        for epoch, i in samples:
-            meta = self.shards.meta(i)
-            tasks = meta["tasks"]
-            if len(tasks) > self.tasks_per_ecg:
-                drawn = np.random.default_rng([self.seed, epoch, i]).permutation(len(tasks))[: self.tasks_per_ecg]
-                tasks = [tasks[k] for k in sorted(drawn)]
-            groups.append(task_group(self.tokenizer, self.vocabulary, self.shards.ids(i), meta["gains"], tasks))
-        return _micro_batch(groups, len(samples))
-
-
-def _micro_batch(groups: list[Group], ecgs: int) -> MicroBatch:
+def micro_batch(groups: list[Group], ecgs: int) -> MicroBatch:
     row = pack(groups)
     return MicroBatch(row, targets=len(row.targets), tokens=len(row.input_ids), ecgs=ecgs)

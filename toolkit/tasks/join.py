@@ -9,6 +9,7 @@ import numpy as np
 from toolkit.shards.reader import Shards
 from toolkit.shards.writer import KEY
 
+OLDEST = 90.0  # years
 Joined = dict[tuple[str, tuple[str, ...]], list[dict]]  # (split, ECG ids) -> tasks
 
 
@@ -35,22 +36,40 @@ def report_tasks(ecgs: ECGs) -> list[dict]:
 
 
 def join(tasks: list[dict], ecgs: ECGs) -> tuple[Joined, Counter]:
-    """Tasks by split and ECGs, and how many were joined or left out and why. No task is dropped without being counted."""
+    """Tasks by split and ECGs, and how many were joined or left out and why. No task is dropped without being counted; `left_out` lists them."""
     joined, counts = defaultdict(list), Counter()
     for task in tasks:
-        splits = {ecgs.place[e][0] if e in ecgs.place else None for e in task["ecg_ids"]}
-        if None in splits or not splits:
-            counts["left out, ECG not in the shards"] += 1
-        elif len(splits) > 1:
-            counts["left out, its two ECGs are in different splits"] += 1
-        elif task["task"] == "ecgqa" and not task["answer"]:
-            counts["left out, no answer"] += 1
-        elif task["task"] == "report" and not task["report"]:
-            counts["left out, no report"] += 1
+        reason = why_left_out(task, ecgs)
+        if reason:
+            counts[f"left out, {reason}"] += 1
         else:
-            joined[splits.pop(), task["ecg_ids"]].append(task)
+            joined[ecgs.place[task["ecg_ids"][0]][0], task["ecg_ids"]].append(task)
             counts["joined"] += 1
     return joined, counts
+
+
+def why_left_out(task: dict, ecgs: ECGs) -> str | None:
+    """The reason why a task cannot be in the shards, None if it can."""
+    splits = {ecgs.place[e][0] if e in ecgs.place else None for e in task["ecg_ids"]}
+    if None in splits or not splits:
+        return "ECG not in the shards"
+    if len(splits) > 1:
+        return "its two ECGs are in different splits"
+    if task["task"] == "ecgqa" and not task["answer"]:
+        return "no answer"
+    if task["task"] == "report" and not task["report"]:
+        return "no report"
+    return None
+
+
+def left_out(tasks: list[dict], ecgs: ECGs) -> list[dict]:
+    """A line for each task that `join` leaves out: id, task, question_type, missing (its record ids that the shards do not have), reason."""
+    lines = []
+    for task in tasks:
+        if reason := why_left_out(task, ecgs):
+            missing = [record for record in task["ecg_ids"] if record not in ecgs.place]
+            lines.append({"id": task["id"], "task": task["task"], "question_type": task["question_type"], "missing": missing, "reason": reason})
+    return lines
 
 
 def keep_other_tasks(made: dict[str, Shards], kinds: set[str], joined: Joined) -> None:
@@ -61,6 +80,11 @@ def keep_other_tasks(made: dict[str, Shards], kinds: set[str], joined: Joined) -
             kept = [{**task, "ecg_ids": tuple(meta["record_ids"])} for task in meta["tasks"] if task["task"] not in kinds]
             if kept:
                 joined[split, tuple(meta["record_ids"])] += kept
+
+
+def told_age(age: float | None) -> float | None:
+    """Years, 90 for 90 and more, as PTB-XL (300) and MIMIC-IV (91) write one number for all over 89: a true one points at few people; None if unknown."""
+    return None if age is None else min(age, OLDEST)
 
 
 def samples(split: str, joined: Joined, ecgs: ECGs):
@@ -75,6 +99,8 @@ def samples(split: str, joined: Joined, ecgs: ECGs):
             "record_ids": list(ecg_ids),
             "patients": [meta["patient"] for meta in metas],
             "gains": [meta["gains"][0] for meta in metas],
+            "ages": [told_age(meta.get("age")) for meta in metas],
+            "sexes": [meta.get("sex", "") for meta in metas],
             "tasks": [{k: v for k, v in task.items() if k != "ecg_ids"} for task in sorted(tasks, key=lambda t: (t["task"], t["id"]))],
         }
         key = "_".join([source, *ecg_ids]) if len(ecg_ids) > 1 else ecgs.shards[split].key(places[0])

@@ -1,38 +1,100 @@
-"""From a sample of task shards to the token sequences of one group: the ECGs once, then a branch per question or report.
+"""From a sample of task shards to token sequences: how ECGs and a question are put to a model (`--prompt`), and what it must answer.
 
-The prompt is ECG first: everything before the question is the same for all questions of an ECG, so that it is computed once.
+ecg_first   the ECGs, then the question: what stands before the question is the same for all questions of an ECG, so that it is computed once
+chat        the same within the backbone's own chat template, whose turns say who speaks
+paper       as the authors' release puts it (model/heartllm.py): instructions and question, the ECG, "Answer:"; nothing to share. Its "<|start_prompt|>"
+            and "<|end_prompt|>" are no tokens there either, and fall into pieces; the space between its start token and the ECG is left out
 """
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import numpy as np
 
 from toolkit.ecg.gains import gain_text
+from toolkit.errors import UserError
 from toolkit.shards.packing import Group, Sequence
 from toolkit.tasks.answers import join_answers
 from toolkit.tasks.vocabulary import ECGVocabulary
 
 REPORT_INSTRUCTION = "Write the report of this ECG."
+PAPER_QUESTION = (
+    "<|start_prompt|> Dataset description: The dataset contains electrocardiogram (ECG) time-series data. Task description: Based on a patient's 12-lead ECG"
+    " signal (500 Hz) and background information, answer a clinical question related to cardiac health. Question:{question} <|end_prompt|> "
+)
+PAPER_REPORT = (
+    "<|start_prompt|>Task description: Based on the given ECG signal embeddings, generate a ECG diagnostic report.Background:{background} <|end_prompt|>"
+)
+HERE = "[[ECG]]"  # where the ECGs go in a rendered chat
 
+Style = Literal["ecg_first", "paper", "chat"]
 Gains = list[list[float]] | None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What `--prompt`, `--gain_text` and `--background` chose; an adapter remembers it. Age and sex are all that is ever said of a patient."""
+
+    style: Style = "ecg_first"
+    gain_text: bool = False
+    background: bool = False
+
+    def check(self, tokenizer, vocabulary: ECGVocabulary) -> None:
+        """Raises UserError naming the argument if this backbone cannot be asked so."""
+        if self.style not in get_args(Style):
+            raise UserError(f"--prompt: {self.style!r} is none of {', '.join(get_args(Style))}")
+        if self.style == "chat" and not tokenizer.chat_template:
+            raise UserError("--prompt chat: the tokenizer of this backbone has no chat template; use --prompt ecg_first, or an instruct model")
+        if self.gain_text and vocabulary.gain_first is not None:
+            raise UserError("--gain_text: the backbone has gain tokens, which say the same; leave it out")
+        if self.gain_text and self.style == "paper":
+            raise UserError("--gain_text: --prompt paper has no place for it; leave it out or use --prompt ecg_first")
 
 
 def ecg_ids(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains = None) -> np.ndarray:
     """int64 [n]: BOS if the tokenizer has one, then each ECG between its start and end token; n depends on n_ecgs alone. codes: uint16 [n_ecgs, 313]."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return np.concatenate([np.array(bos, np.int64), vocabulary.wrap(codes, gains)])
+    return np.concatenate([np.array(_bos(tokenizer), np.int64), vocabulary.wrap(codes, gains)])
 
 
-def gain_ids(tokenizer, vocabulary: ECGVocabulary, gains: Gains) -> list[int]:
-    """The gains in words; nothing if the model is not told them so. Their number depends on the ECG."""
-    return tokenizer.encode("\n" + gain_text(gains), add_special_tokens=False) if vocabulary.gain_text else []
+def shared_ids(tokenizer, vocabulary: ECGVocabulary, prompts: Prompts, codes: np.ndarray, meta: dict) -> np.ndarray:
+    """int64 [n]: what stands before the question of every task of a sample; empty with `paper`. meta: the sample's json."""
+    if prompts.style == "paper":
+        return np.zeros(0, np.int64)
+    words = "".join("\n" + said for said in (prompts.gain_text and gain_text(meta["gains"]), prompts.background and background_text(meta)) if said)
+    head = _text_ids(tokenizer, _chat(tokenizer, "")[0]) if prompts.style == "chat" else _bos(tokenizer)
+    return np.concatenate([np.array(head, np.int64), vocabulary.wrap(codes, meta.get("gains")), np.array(_text_ids(tokenizer, words), np.int64)])
 
 
-def prefix_ids(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains = None) -> np.ndarray:
-    """int64 [n]: what all tasks of a sample share, `ecg_ids` and `gain_ids`. gains: [n_ecgs, 12] mV, not looked at unless `needs_gains`."""
-    return np.concatenate([ecg_ids(tokenizer, vocabulary, codes, gains), np.array(gain_ids(tokenizer, vocabulary, gains), np.int64)])
+def prompt_ids(tokenizer, vocabulary: ECGVocabulary, prompts: Prompts, codes: np.ndarray, meta: dict, task: dict) -> np.ndarray:
+    """int64 [n]: what stands between `shared_ids` and the answer. Tokenised apart from the answer, so that training and generation see the same tokens."""
+    if prompts.style == "ecg_first":
+        ids = _text_ids(tokenizer, "\n" + question_text(task))
+    elif prompts.style == "chat":
+        ids = _text_ids(tokenizer, _chat(tokenizer, "\n" + (task["question"] if task["task"] == "ecgqa" else REPORT_INSTRUCTION))[1])
+    else:
+        before, after = paper_texts(task, background_text(meta) if prompts.background else "")
+        ids = [*_bos(tokenizer), *_text_ids(tokenizer, before), *vocabulary.wrap(codes, meta.get("gains")), *_text_ids(tokenizer, after)]
+    return np.array(ids, np.int64)
+
+
+def answer_ids(tokenizer, prompts: Prompts, task: dict) -> np.ndarray:
+    """int64 [n]: the answer and the token that ends it."""
+    text = (" " if prompts.style == "ecg_first" else "") + reference_text(task)
+    return np.array([*_text_ids(tokenizer, text), end_id(tokenizer, prompts)], np.int64)
+
+
+def end_id(tokenizer, prompts: Prompts) -> int:
+    """The token that ends an answer: of the end of a turn in a chat, else of the end of a text."""
+    if prompts.style == "chat":
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": HERE}]
+        closing = _text_ids(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).split(HERE)[1].lstrip())
+        if closing:
+            return closing[0]
+    return tokenizer.eos_token_id
 
 
 def question_text(task: dict) -> str:
-    """What stands between the ECG and the answer."""
+    """What stands between the ECG and the answer of `ecg_first`."""
     return f"Question: {task['question']}\nAnswer:" if task["task"] == "ecgqa" else f"{REPORT_INSTRUCTION}\nReport:"
 
 
@@ -41,24 +103,45 @@ def reference_text(task: dict) -> str:
     return join_answers(task["answer"]) if task["task"] == "ecgqa" else task["report"]
 
 
-def question_ids(tokenizer, task: dict) -> list[int]:
-    """The prompt of a task. Tokenised apart from the answer, so that training and generation see the same tokens."""
-    return tokenizer.encode("\n" + question_text(task), add_special_tokens=False)
+def background_text(meta: dict) -> str:
+    """Age and sex of the patient of each ECG in words, a line an ECG: "Patient: 63 years, female."; '' where neither is known.
+
+    Raises UserError naming --background for shards that do not hold them.
+    """
+    if "ages" not in meta:
+        raise UserError("--background: the shards hold no age and sex; make them again with `python -m sharding.shard_tasks`")
+    lines = []
+    for number, (age, sex) in enumerate(zip(meta["ages"], meta["sexes"]), 1):
+        known = [f"{age:.0f} years" if age < 90 else "90 years or older"] if age is not None else []
+        known += [sex] if sex else []
+        if known:
+            lines.append(f"Patient{f' of ECG {number}' if len(meta['ages']) > 1 else ''}: {', '.join(known)}.")
+    return "\n".join(lines)
 
 
-def branch(tokenizer, task: dict) -> Sequence:
-    """Prompt, answer and end token; the targets are the answer and the end token alone."""
-    prompt = question_ids(tokenizer, task)
-    answer = tokenizer.encode(" " + reference_text(task), add_special_tokens=False) + [tokenizer.eos_token_id]
-    target = np.zeros(len(prompt) + len(answer), bool)
-    target[len(prompt) :] = True
-    return Sequence(np.array(prompt + answer, np.int64), target)
+def paper_texts(task: dict, background: str) -> tuple[str, str]:
+    """Text before and after the ECG as the release has them. Its question promises a background and gives none; its report gives one."""
+    if task["task"] == "ecgqa":
+        return PAPER_QUESTION.format(question=task["question"]), "Answer:"
+    return PAPER_REPORT.format(background=background), " Report:"
 
 
-def task_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains, tasks: list[dict]) -> Group:
-    """The ECGs once, then every task as a branch."""
-    ids = prefix_ids(tokenizer, vocabulary, codes, gains)
-    return Group(Sequence(ids, np.zeros(len(ids), bool)), [branch(tokenizer, task) for task in tasks])
+def branch(tokenizer, prompts: Prompts, task: dict, prompt: np.ndarray) -> Sequence:
+    """Prompt, answer and end token, of which answer and end token alone are targets."""
+    ids = np.concatenate([prompt, answer_ids(tokenizer, prompts, task)])
+    return Sequence(ids, np.arange(len(ids)) >= len(prompt))
+
+
+def task_groups(tokenizer, vocabulary: ECGVocabulary, prompts: Prompts, codes: np.ndarray, meta: dict, tasks: list[dict]) -> list[Group]:
+    """The ECGs once and every task as a branch; or, where nothing is shared, a group for each task. codes: uint16 [n_ecgs, 313]; meta: the sample's json,
+    with `features` of its code tokens if they are to be continuous (`features.ECGFeatures`).
+    """
+    features = meta.get("features")
+    shared = shared_ids(tokenizer, vocabulary, prompts, codes, meta)
+    branches = [branch(tokenizer, prompts, task, prompt_ids(tokenizer, vocabulary, prompts, codes, meta, task)) for task in tasks]
+    if not len(shared):
+        return [Group(replace(one, features=features), []) for one in branches]
+    return [Group(Sequence(shared, np.zeros(len(shared), bool), features), branches)]
 
 
 def forecast_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gains: Gains = None, branches: list[Sequence] | None = None) -> Group:
@@ -69,3 +152,18 @@ def forecast_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gain
     ids = ecg_ids(tokenizer, vocabulary, codes, gains)
     ids = ids if branches else ids[:-1]
     return Group(Sequence(ids, (ids >= vocabulary.first) & (ids < vocabulary.first + vocabulary.codes)), branches or [])
+
+
+def _bos(tokenizer) -> list[int]:
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _text_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def _chat(tokenizer, said: str) -> tuple[str, str]:
+    """A chat in which the user shows the ECGs and goes on with `said`, up to the assistant's answer: its text before and after the ECGs."""
+    turns = [{"role": "user", "content": HERE + said}]
+    before, after = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split(HERE, 1)
+    return before, after

@@ -12,7 +12,7 @@ from toolkit.ecg.gains import gain_bins
 class ECGVocabulary:
     """Where the ECG tokens are: id of code c is `first + c`, that of gain bin b `gain_first + b`.
 
-    gain_first: None if the model has no gain tokens; where it has, every ECG carries them. gain_text: say the gains in words after the ECGs.
+    gain_first: None if the model has no gain tokens; where it has, every ECG carries them.
     """
 
     start: int
@@ -20,12 +20,6 @@ class ECGVocabulary:
     first: int
     codes: int
     gain_first: int | None = None
-    gain_text: bool = False
-
-    @property
-    def needs_gains(self) -> bool:
-        """Whether the gains of an ECG are put before the model."""
-        return self.gain_first is not None or self.gain_text
 
     @property
     def code_rows(self) -> range:

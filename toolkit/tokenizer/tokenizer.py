@@ -5,6 +5,7 @@
     ecg = tokenizer.decode(ids)            # float32 [B, 12, 5000], per-lead z-scores
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -110,6 +111,23 @@ class ECGTokenizer(nn.Module):
             ids.append(self.ids_of_normalised(self.normalise(chunk)[0]).cpu().numpy().astype(np.uint16))
         ids = np.concatenate(ids) if ids else np.zeros((0, self.tokens_per_ecg), np.uint16)
         return ids[0] if single else ids
+
+    @torch.no_grad()
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def features(self, ecg: np.ndarray, sampling_rate: float = SAMPLING_RATE) -> np.ndarray:
+        """float [B, 12, 5000] (mV, 500 Hz, canonical leads) -> float32 [B, 313, D]: of each token what the encoder knows before it makes a code of it, the
+        input of its `to_code`. One ECG at a time, so that no last bit depends on the batch. Raises as `encode`.
+        """
+        ecg, first = _checked(ecg, sampling_rate), self._first()
+        width = self.encoder.to_code.in_features
+        encoder = copy.copy(self.encoder)  # with the identity for its last layer, beside the encoder itself: other threads may be using that
+        encoder._modules = {**self.encoder._modules, "to_code": nn.utils.skip_init(nn.Linear, width, width, device=first.device)}
+        nn.init.eye_(encoder.to_code.weight)
+        nn.init.zeros_(encoder.to_code.bias)
+        compute = encoder.as_released if self.config.arch == "heartllm" else encoder
+        rows = [compute(self.normalise(torch.from_numpy(one[None]).to(first.device))[0])[0].cpu().numpy() for one in ecg]
+        return np.stack(rows) if rows else np.zeros((0, self.tokens_per_ecg, width), np.float32)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)  # ids are float32, whatever a caller is in

@@ -25,9 +25,10 @@ def arg(help: str, default=..., **more):
 
 AT_LEAST_ONE = {
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps", "save_total_limit",
-    "max_eval_samples", "max_skipped", "seq_len", "tasks_per_ecg", "lora_r", "lora_alpha", "max_new_tokens",
+    "max_eval_samples", "max_skipped", "seq_len", "lora_r", "lora_alpha", "max_new_tokens",
 }  # fmt: skip
-NOT_NEGATIVE = {"seed", "eval_steps", "keep_every", "early_stopping_patience", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout"}
+NOT_NEGATIVE = {"seed", "eval_steps", "keep_every", "early_stopping_patience", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout",
+                "tasks_per_ecg", "max_eval_answers"}  # fmt: skip
 
 
 @dataclass(kw_only=True)

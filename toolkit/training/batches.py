@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from toolkit.shards.order import Data, MicroBatch, micro_batches, sample_at
+from toolkit.shards.order import Data, MicroBatch, micro_batches
 
 Step = tuple[list[list[int]], list[MicroBatch]]
 
@@ -17,7 +17,7 @@ def steps(data: Data, seed: int, split: tuple[int, int], rank: int, world: int, 
     micro, accumulation = split[0] * data.samples_per_row, split[1]
     for _ in range(count):
         parts = micro_batches(cursor, micro, accumulation, rank, world)
-        samples = [[sample_at(seed, len(data), position) for position in part] for part in parts]
+        samples = [[data.at(seed, position) for position in part] for part in parts]
         yield [[index for _, index in part] for part in samples], [data.batch(part) for part in samples]
         cursor += micro * accumulation * world
 

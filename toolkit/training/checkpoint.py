@@ -13,6 +13,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
@@ -51,12 +52,21 @@ def watch_files(engine) -> None:
     """To be called once, before the first `save`."""
     engine.checkpoint_engine = Files(engine._config)
     engine._copy_recovery_script = lambda path: None  # DeepSpeed copies a script beside each checkpoint; on a full disk that would raise on rank 0 alone
+    if engine.zero_optimization():  # the weights are in the optimizer's files already, in float32: 3 times their bytes with Adam's moments instead of 4
+        engine.module_state_dict = lambda **how: _without_parameters(engine.module)
+
+
+def _without_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What of the module's state is no parameter; a tied one has two names in it."""
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    return {name: value for name, value in module.state_dict().items() if name not in parameters}
 
 
 def save(engine, folder: Path, state: dict, keep: int, keep_every: int = 0) -> str | None:
     """Collective. Write checkpoint-{state['step']}, move the pointer, delete older ones but the newest `keep` and every `keep_every`-th step.
 
-    Frozen weights are left out. Returns None, or on every rank what went wrong: then all older checkpoints are as they were, and `latest` names a whole one.
+    Frozen weights are left out; of the others there is one copy, from ZeRO stage 1 on the optimizer's in float32. Returns None, or on every rank what went
+    wrong: then all older checkpoints are as they were, and `latest` names a whole one.
     """
     path, files = folder / f"checkpoint-{state['step']}", engine.checkpoint_engine
     files.written, files.error = {}, None
@@ -156,6 +166,8 @@ def load(engine, folder: Path, state: dict, ranks: Ranks) -> None:
     loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_module_strict=False)  # frozen weights are not in it
     if loaded is None:
         raise UserError(f"--output_dir: {path} does not load; write the name of an older checkpoint into {folder / 'latest'}")
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.update_lp_params()  # DeepSpeed loads this rank's part of the float32 weights alone; at stage 3 a rank has no other
     if converted:
         engine._config.load_universal_checkpoint = False
         # at stage 3 DeepSpeed gives all parameters the first group's weight decay, and one and the same counter of steps, which then runs twice as fast

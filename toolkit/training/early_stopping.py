@@ -15,10 +15,14 @@ from toolkit.training.checkpoint import STATE
 
 
 def better(best: dict | None, metrics: dict, watch: str, step: int) -> dict:
-    """{"step", "metrics"}: this validation if its metrics[watch] is below that of `best`, else `best`. What is no number is never better."""
+    """{"step", "metrics"}: this validation if its metrics[watch] is below that of `best` (of an exact match above; of two equal ones the lower loss
+    decides), else `best`. What is no number is never better.
+    """
 
-    def score(metrics: dict) -> float:
-        return math.inf if math.isnan(metrics[watch]) else metrics[watch]
+    def score(metrics: dict) -> tuple[float, float]:
+        sign, loss = (-1, metrics["eval_loss"]) if watch.endswith("_match") else (1, 0.0)
+        value = sign * metrics[watch]
+        return math.inf if math.isnan(value) else value, math.inf if math.isnan(loss) else loss
 
     return best if best is not None and score(metrics) >= score(best["metrics"]) else {"step": step, "metrics": metrics}
 

@@ -33,6 +33,7 @@ from toolkit.training.speed import Interval
 from toolkit.training.zero3 import MADE
 
 SAID = 20  # sample keys in a message
+LAST = "last"  # the model of the last step, where the best one is another
 
 
 @dataclass
@@ -49,7 +50,9 @@ class Job:
     flops: Callable[[Any], float] | None = None  # of a micro-batch, forward and backward
     hidden_size: int | None = None  # what ZeRO-3's bucket sizes follow
     bf16: bool = True  # False: DeepSpeed keeps the weights in float32 whatever --precision says
-    watch: str = "eval_loss"  # what --early_stopping_patience looks at; smaller is better
+    watch: str = "eval_loss"  # what --early_stopping_patience looks at; smaller is better, of what is called *_match larger
+    keep_last: bool = False  # the best model is kept without early stopping too, and the last one beside it, in last/
+    check: Callable[[torch.nn.Module], None] | None = None  # called once, after the first update of a run
 
 
 def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> dict:
@@ -86,9 +89,11 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
             _leave(engine, args, run, state, saved, log, ranks)
         rate = learning_rate(args, step, run.last)
         set_learning_rate(engine, rate)
-        taken = take_step(engine, job.loss, micro, targets, ranks, job.data, samples, (args.seed, step))
+        taken = take_step(engine, job.loss, micro, max(targets, 1), ranks, job.data, samples, (args.seed, step))
         seconds = time.perf_counter() - started
         interval.add(taken.loss, targets, tokens, ecgs, flops, seconds, waited)
+        if step == 0 and taken.applied and job.check:
+            job.check(engine.module)
         in_a_row = in_a_row + 1 if taken.keys else 0
         done = step + 1
         state = {**state, "step": done, "samples": state["samples"] + run.config["train_batch_size"] * job.data.samples_per_row,
@@ -140,12 +145,13 @@ def _report_skipped(args: TrainingArguments, step: int, taken: Taken, total: int
 def _validate(args: TrainingArguments, job: Job, engine, folder: Path, state: dict, log: RunLog | None) -> dict:
     """Collective. What a validation between two steps changes of the state: with early stopping the best one, and whether to stop."""
     metrics = _evaluate(job, engine, log, state["step"])
-    if not args.early_stopping_patience:
+    if not (args.early_stopping_patience or job.keep_last):
         return {}
     best = early_stopping.better(state.get("best"), metrics, job.watch, state["step"])
     if best["step"] == state["step"]:
         job.export(engine.module, early_stopping.path_of(folder, best))
-    return {"best": best, "stopped": state["step"] - best["step"] >= args.early_stopping_patience * args.eval_steps}
+    waited = state["step"] - best["step"]
+    return {"best": best, "stopped": bool(args.early_stopping_patience) and waited >= args.early_stopping_patience * args.eval_steps}
 
 
 def _save(engine, args: TrainingArguments, folder: Path, state: dict, log: RunLog | None, saved: int) -> int:
@@ -181,11 +187,12 @@ def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folde
     results["train_seconds"] = state["seconds"]
     if best:
         results["best_step"] = final["step"]
-    if not (best and final is best):
-        job.export(engine.module, folder)
+    taken = best and final is best
+    if job.keep_last or not taken:
+        job.export(engine.module, folder / LAST if taken else folder)
     if log:
         stop.answered(folder)  # too late for it to matter
-        if best and final is best:
+        if taken:
             early_stopping.take(folder, best)
         write_text(folder / RESULTS, json.dumps(results, indent=2))
         early_stopping.sweep(folder, complete=True)

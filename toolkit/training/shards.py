@@ -66,3 +66,18 @@ def _check_budget(split: str, names: list[str], entry: dict, budget: float, main
         raise UserError(f"--shards: {text}; mend them (`python -m sharding.verify shards` says how) or raise --bad_shard_budget, now {budget}")
     if main:
         print(f"{text}; training without them", flush=True)
+
+
+def check_patients(train: list[Shards], valid: list[Shards]) -> None:
+    """Raises UserError if a patient of one folder's train is in another's valid. Within a folder `shard` and `shard_tasks` see to that."""
+    if len(train) == 1:
+        return
+    seen = [{patient for i in range(len(folder)) for patient in folder.meta(i)["patients"]} for folder in train]
+    for folder in valid:
+        patients = {patient for i in range(len(folder)) for patient in folder.meta(i)["patients"]}
+        for other, known in zip(train, seen):
+            if both := known & patients:
+                raise UserError(
+                    f"--shards: {len(both)} patients of valid in {folder.folder} are in train of {other.folder}, so validation would be of what was trained on;"
+                    " make both from token shards with one split (`python -m sharding.verify leak` names them)"
+                )

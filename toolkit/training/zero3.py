@@ -21,20 +21,20 @@ MADE = ".backbone"  # in the run folder: the backbone with its ECG rows, deleted
 Made = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
-def place_backbone(make: Callable[[], Made], args, ranks: Ranks) -> Made:
+def place_backbone(make: Callable[[], Made], args, ranks: Ranks, folder: str | None = None) -> Made:
     """Collective. The model and tokenizer of `make`, which loads a backbone and extends its vocabulary; under ZeRO-3 sharded from birth.
 
     There rank 0 alone calls `make` and saves both to the run folder, and all ranks load them from there: the rows of a sharded embedding could not be
-    added to, and no other rank holds the whole model.
+    added to, and no other rank holds the whole model. folder: where what `make` makes lies already, if it does.
     """
     if ds_config.read(args.deepspeed)["zero_optimization"]["stage"] < 3:
         return make()
     if args.compile:
         raise UserError("--compile: ZeRO-3's hooks would be traced and compiled again and again; use ds_configs/zero2.json or leave it out")
-    path = Path(args.output_dir) / MADE
-    if ranks.main and not (path.parent / "latest").is_file():  # of a run that saved nothing, perhaps with other arguments
+    path = Path(folder or Path(args.output_dir) / MADE)
+    if ranks.main and not folder and not (path.parent / "latest").is_file():  # of a run that saved nothing, perhaps with other arguments
         shutil.rmtree(path, ignore_errors=True)
-    if ranks.main and not path.is_dir():  # it is whole or not there
+    if ranks.main and not folder and not path.is_dir():  # it is whole or not there
         model, tokenizer = make()
         with new_folder(path) as temporary:
             model.save_pretrained(temporary)

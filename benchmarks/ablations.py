@@ -1,0 +1,133 @@
+"""What each part of the method brings, on real ECGs: pretraining, its objective, discretisation, the order of the prompt; three seeds each.
+
+    python benchmarks/ablations.py                                   # about an hour and a half on two cores; run again, it goes on where it stopped
+    python benchmarks/ablations.py --seeds 1 --variants reference without-pretraining
+    python benchmarks/ablations.py --out runs/ablations              # complete: prints the table alone
+
+PTB-XL (part) and the questions derived from its labels in ../shared/data: folds 1-8 to train, fold 9 to judge. Every run is a launcher with a recipe of
+recipes/ablations/, `tiny` on two ranks. The tokenizer and the shards are the same for all, trained on folds 1-8 alone. The same seed draws the model's
+first weights and the order of the data in all variants.
+
+The score of a question is the mean over seeds of its exact match; intervals are 95 %, over patients (toolkit/evaluation/statistics.py). They speak of other
+patients, not of other seeds: the lowest and highest seed stand beside them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder has a sharding.py and a tokenizer.py too
+
+from benchmarks.turns import RANKS, ROOT, launch
+from toolkit.evaluation.blind import fit, predict
+from toolkit.evaluation.metrics import is_correct
+from toolkit.evaluation.statistics import patient_bootstrap
+from toolkit.shards.reader import Shards
+
+REAL = Path(os.environ.get("ECG_DATA", ROOT.parent / "shared" / "data"))
+VARIANTS = {  # name -> (recipe of pretraining or None, recipe of tuning, what it is compared with)
+    "reference": ("pretrain-causal", "reference", None),
+    "windows": ("pretrain-windows", "reference", "reference"),
+    "without-pretraining": (None, "without-pretraining", "reference"),
+    "without-discretisation": ("pretrain-causal", "without-discretisation", "reference"),
+    "one-question": ("pretrain-causal", "one-question", "reference"),
+    "paper-prompt": ("pretrain-causal", "paper-prompt", "one-question"),
+}
+KINDS = ("all", "single-verify", "single-choose", "single-query")
+SPLIT = "valid"  # fold 9
+
+
+def prepare(out: Path) -> None:
+    """Manifest, tokenizer, token shards and task shards; what is complete is left as it is."""
+    zero = ["--deepspeed", "ds_configs/zero1.json"]
+    module("sharding.prepare", "ptbxl", "--root", REAL / "ptbxl", "--out", out / "manifest")
+    launch(["launchers/train_tokenizer.py", *zero, "--manifest", out / "manifest", "--output_dir", out / "tokenizer", "--max_steps", 1000])
+    module("sharding.shard", "--manifest", out / "manifest", "--tokenizer", out / "tokenizer", "--out", out / "shards")
+    module("sharding.shard_tasks", "ecgqa", "--qa", REAL / "ecgqa" / "ptbxl" / "derived", "--shards", out / "shards", "--out", out / "tasks")
+
+
+def run(out: Path, variant: str, seed: int) -> None:
+    """Pretraining (shared by variants of the same), tuning and judgement of one variant."""
+    pretrain, tune, _ = VARIANTS[variant]
+    recipes, words = ROOT / "recipes" / "ablations", ["--seed", seed]
+    tuned = out / f"{variant}-{seed}"
+    if (tuned / "judged" / "metrics.json").is_file():
+        return
+    if pretrain:
+        backbone = out / f"{pretrain}-{seed}"
+        launch(["launchers/pretrain.py", "--recipe", recipes / f"{pretrain}.yaml", *words, "--shards", out / "shards", "--output_dir", backbone])
+        words += ["--backbone", backbone]
+    launch(["launchers/instruct.py", "--recipe", recipes / f"{tune}.yaml", *words, "--shards", out / "tasks", "--output_dir", tuned])
+    launch(["launchers/evaluate.py", "--model", tuned, "--shards", out / "tasks", "--split", SPLIT, "--output_dir", tuned / "judged", "--max_new_tokens", 24])
+
+
+def module(name: str, *words) -> None:
+    subprocess.run([sys.executable, "-m", name, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def scores(out: Path, variant: str, seeds: list[int]) -> np.ndarray:
+    """Exact match float [seeds, questions], in the order of predictions.jsonl."""
+    files = [out / f"{variant}-{seed}" / "judged" / "predictions.jsonl" for seed in seeds]
+    return np.array([[is_correct(json.loads(line)) for line in file.read_text().splitlines()] for file in files], float)
+
+
+def table(out: Path, variants: list[str], seeds: list[int]) -> str:
+    """Markdown: exact match of each variant and kind of question with its interval and its lowest and highest seed; and the difference to what the variant
+    is compared with."""
+    shards, train = (Shards.open(out / "tasks", split) for split in (SPLIT, "train"))
+    metas = [shards.meta(i) for i in range(len(shards))]
+    tasks = [(task, meta["patients"][0]) for meta in metas for task in meta["tasks"]]
+    patients = np.array([patient for _, patient in tasks])
+    kind_of = np.array([task["question_type"] for task, _ in tasks])
+    chosen = {kind: np.flatnonzero((kind_of == kind) | (kind == "all")) for kind in KINDS}
+    baseline = fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
+    blind = np.array([predict(baseline, task) == "; ".join(sorted(task["answer"])) for task, _ in tasks], float)
+    found = {variant: scores(out, variant, seeds) for variant in variants}
+    lines = [f"| exact match, {len(seeds)} seeds | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
+
+    def row(name: str, one: np.ndarray, other: np.ndarray | None = None, more=lambda at: "") -> None:
+        """one, other: a score for each question."""
+        cells = []
+        for at in chosen.values():
+            mean, low, high = (100 * value for value in patient_bootstrap(one[at], None if other is None else other[at], patients[at]))
+            sign = "" if other is None else "+"
+            cells.append(f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f}){more(at)}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    row("blind", blind)
+    for variant, each in found.items():
+        row(variant, each.mean(0), more=lambda at, each=each: "; {:.1f} to {:.1f}".format(*(100 * f(each[:, at].mean(1)) for f in (np.min, np.max))))
+    for variant, each in found.items():
+        other = VARIANTS[variant][2]
+        if other is None or other in found:
+            row(f"{variant} over {other or 'blind'}", each.mean(0), blind if other is None else found[other].mean(0))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablations", help="folder of all runs (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    args = parser.parse_args()
+    if not (REAL / "ptbxl").is_dir():
+        parser.error(f"{REAL} has no ptbxl/: set ECG_DATA to the folder of real ECGs")
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out.resolve()
+    prepare(out)
+    for seed in args.seeds:
+        for variant in args.variants:
+            print(f"{variant}, seed {seed}, {RANKS} ranks", flush=True)
+            run(out, variant, seed)
+    text = table(out, args.variants, args.seeds)
+    (out / "table.md").write_text(text + "\n")
+    print(f"\n{text}")
+
+
+if __name__ == "__main__":
+    main()

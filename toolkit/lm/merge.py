@@ -1,0 +1,50 @@
+"""Merge a LoRA adapter into its backbone: a plain Hugging Face folder, for software that knows no PEFT.
+
+    python -m toolkit.lm.merge --adapter runs/demo/instruct --out runs/demo/merged
+
+`AutoModelForCausalLM.from_pretrained("runs/demo/merged")`, and `launchers/evaluate.py --model runs/demo/merged`. Merged in float32, then rounded to
+--precision. An adapter that was trained on a 4-bit backbone is merged into the unquantised weights.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+from toolkit.errors import UserError, exit_2_on_user_error
+from toolkit.files import new_folder
+from toolkit.lm.backbone import STAMP
+from toolkit.lm.continuous import FILE
+from toolkit.lm.trained import ADAPTER, backbone_of, load_merged
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("python -m toolkit.lm.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", required=True, type=Path, help="folder written by launchers/instruct.py")
+    parser.add_argument("--out", required=True, type=Path, help="new folder, for the model, its tokenizer and its stamp")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights that are written (default: fp32)")
+    args = parser.parse_args(argv)
+    if args.out.exists():
+        raise UserError(f"--out: {args.out} is there already; name a new folder")
+    for name in (ADAPTER, STAMP):
+        if not (args.adapter / name).is_file():
+            raise UserError(f"--adapter: {args.adapter} has no {name}, so it is no adapter; name the --output_dir of launchers/instruct.py")
+    if (args.adapter / FILE).is_file():
+        raise UserError(f"--adapter: {args.adapter} was tuned with --ecg_input continuous, which a plain Hugging Face model cannot hold; use it as it is")
+    print(f"merging {args.adapter} into {backbone_of(args.adapter, '--adapter')}", flush=True)
+    transformers.utils.logging.disable_progress_bar()
+    model, tokenizer = load_merged(args.adapter, torch.float32, "--adapter")
+    model.to(PRECISIONS[args.precision])
+    with new_folder(args.out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        shutil.copy(args.adapter / STAMP, folder / STAMP)  # the same ECG tokens and prompts
+    print(f"{args.out}: {model.num_parameters():,} parameters in {args.precision}. Research software; not for diagnosis.")
+
+
+if __name__ == "__main__":
+    exit_2_on_user_error(main)()
