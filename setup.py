@@ -37,5 +37,8 @@ setup(
         "sacrebleu>=2.4,<3",
         "rouge-score>=0.1.2",
     ],
-    extras_require={"test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"], "gpu": ["liger-kernel>=0.8", "bitsandbytes>=0.48"]},
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"],
+        "gpu": ["liger-kernel>=0.8", "bitsandbytes>=0.48"],
+    },
 )

@@ -5,8 +5,8 @@
     python benchmarks/ablations.py --out runs/ablations              # complete: prints the table alone
 
 PTB-XL (part) and the questions derived from its labels in ../shared/data: folds 1-8 to train, fold 9 to judge. Every run is a launcher with a recipe of
-recipes/ablations/, `tiny` on two ranks. The tokenizer and the shards are the same for all, trained on folds 1-8 alone. The same seed draws the model's
-first weights and the order of the data in all variants.
+recipes/ablations/, `tiny` on two ranks. The tokenizer and the shards are the same for all, trained on folds 1-8 alone. The same seed gives the model the
+same first weights, the same words and the same order of the data in all variants. `tiny` never saw text: all of them learn their words in tuning.
 
 The score of a question is the mean over seeds of its exact match; intervals are 95 %, over patients (toolkit/evaluation/statistics.py). They speak of other
 patients, not of other seeds: the lowest and highest seed stand beside them.
@@ -28,12 +28,13 @@ from toolkit.evaluation.blind import fit, predict
 from toolkit.evaluation.metrics import is_correct
 from toolkit.evaluation.statistics import patient_bootstrap
 from toolkit.shards.reader import Shards
+from toolkit.tasks.prompts import reference_text
 
 REAL = Path(os.environ.get("ECG_DATA", ROOT.parent / "shared" / "data"))
-VARIANTS = {  # name -> (recipe of pretraining or None, recipe of tuning, what it is compared with)
+VARIANTS = {  # name -> (recipe of pretraining, recipe of tuning, what it is compared with)
     "reference": ("pretrain-causal", "reference", None),
     "windows": ("pretrain-windows", "reference", "reference"),
-    "without-pretraining": (None, "without-pretraining", "reference"),
+    "without-pretraining": ("pretrain-none", "reference", "reference"),
     "without-discretisation": ("pretrain-causal", "without-discretisation", "reference"),
     "one-question": ("pretrain-causal", "one-question", "reference"),
     "paper-prompt": ("pretrain-causal", "paper-prompt", "one-question"),
@@ -46,7 +47,8 @@ def prepare(out: Path) -> None:
     """Manifest, tokenizer, token shards and task shards; what is complete is left as it is."""
     zero = ["--deepspeed", "ds_configs/zero1.json"]
     module("sharding.prepare", "ptbxl", "--root", REAL / "ptbxl", "--out", out / "manifest")
-    launch(["launchers/train_tokenizer.py", *zero, "--manifest", out / "manifest", "--output_dir", out / "tokenizer", "--max_steps", 1000])
+    launch(["launchers/train_tokenizer.py", *zero, "--manifest", out / "manifest", "--output_dir", out / "tokenizer", "--max_steps", 1000,
+            "--per_device_train_batch_size", 8])  # fmt: skip
     module("sharding.shard", "--manifest", out / "manifest", "--tokenizer", out / "tokenizer", "--out", out / "shards")
     module("sharding.shard_tasks", "ecgqa", "--qa", REAL / "ecgqa" / "ptbxl" / "derived", "--shards", out / "shards", "--out", out / "tasks")
 
@@ -58,11 +60,10 @@ def run(out: Path, variant: str, seed: int) -> None:
     tuned = out / f"{variant}-{seed}"
     if (tuned / "judged" / "metrics.json").is_file():
         return
-    if pretrain:
-        backbone = out / f"{pretrain}-{seed}"
-        launch(["launchers/pretrain.py", "--recipe", recipes / f"{pretrain}.yaml", *words, "--shards", out / "shards", "--output_dir", backbone])
-        words += ["--backbone", backbone]
-    launch(["launchers/instruct.py", "--recipe", recipes / f"{tune}.yaml", *words, "--shards", out / "tasks", "--output_dir", tuned])
+    backbone = out / f"{pretrain}-{seed}"
+    launch(["launchers/pretrain.py", "--recipe", recipes / f"{pretrain}.yaml", *words, "--shards", out / "shards", "--output_dir", backbone])
+    words += ["--backbone", backbone, "--shards", out / "tasks"]
+    launch(["launchers/instruct.py", "--recipe", recipes / f"{tune}.yaml", *words, "--output_dir", tuned])
     launch(["launchers/evaluate.py", "--model", tuned, "--shards", out / "tasks", "--split", SPLIT, "--output_dir", tuned / "judged", "--max_new_tokens", 24])
 
 
@@ -70,10 +71,14 @@ def module(name: str, *words) -> None:
     subprocess.run([sys.executable, "-m", name, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def scores(out: Path, variant: str, seeds: list[int]) -> np.ndarray:
-    """Exact match float [seeds, questions], in the order of predictions.jsonl."""
-    files = [out / f"{variant}-{seed}" / "judged" / "predictions.jsonl" for seed in seeds]
-    return np.array([[is_correct(json.loads(line)) for line in file.read_text().splitlines()] for file in files], float)
+def scores(out: Path, variant: str, seeds: list[int], ids: list[str]) -> np.ndarray:
+    """Exact match float [seeds, questions]."""
+    found = []
+    for seed in seeds:
+        lines = (out / f"{variant}-{seed}" / "judged" / "predictions.jsonl").read_text().splitlines()
+        right = {row["id"]: is_correct(row) for row in map(json.loads, lines)}
+        found.append([right[id] for id in ids])
+    return np.array(found, float)
 
 
 def table(out: Path, variants: list[str], seeds: list[int]) -> str:
@@ -86,8 +91,8 @@ def table(out: Path, variants: list[str], seeds: list[int]) -> str:
     kind_of = np.array([task["question_type"] for task, _ in tasks])
     chosen = {kind: np.flatnonzero((kind_of == kind) | (kind == "all")) for kind in KINDS}
     baseline = fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
-    blind = np.array([predict(baseline, task) == "; ".join(sorted(task["answer"])) for task, _ in tasks], float)
-    found = {variant: scores(out, variant, seeds) for variant in variants}
+    blind = np.array([is_correct({"prediction": predict(baseline, task), "reference": reference_text(task)}) for task, _ in tasks], float)
+    found = {variant: scores(out, variant, seeds, [task["id"] for task, _ in tasks]) for variant in variants}
     lines = [f"| exact match, {len(seeds)} seeds | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
 
     def row(name: str, one: np.ndarray, other: np.ndarray | None = None, more=lambda at: "") -> None:

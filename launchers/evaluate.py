@@ -28,9 +28,9 @@ from toolkit.files import run_folder, write_text
 from toolkit.lm.continuous import ECGAdapter
 from toolkit.lm.trained import load_trained
 from toolkit.shards.reader import Shards
-from toolkit.tasks.features import ECGFeatures
 from toolkit.tasks.prompts import Prompts, reference_text
 from toolkit.tasks.vocabulary import ECGVocabulary
+from toolkit.tokenizer.features import ECGFeatures
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 from toolkit.training.arguments import LaunchArguments, arg, as_record, parse
 from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start

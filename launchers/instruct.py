@@ -20,9 +20,9 @@ from toolkit.errors import UserError
 from toolkit.evaluation import metrics
 from toolkit.evaluation.cards import tokenizer_of
 from toolkit.evaluation.generate import Sample, answer_rows, answer_tasks
-from toolkit.files import digest, new_folder
+from toolkit.files import digest
 from toolkit.lm import attention, kernels
-from toolkit.lm.backbone import STAMP, backbone_digest, check_stamp, load_backbone, save_stamp
+from toolkit.lm.backbone import backbone_digest, load_backbone, save_stamp
 from toolkit.lm.checkpointing import checkpoint_layers
 from toolkit.lm.continuous import ECGAdapter, fitted
 from toolkit.lm.flops import row_flops
@@ -30,21 +30,21 @@ from toolkit.lm.lora import add_lora, save_adapter, unmoved
 from toolkit.lm.model import PackedLM
 from toolkit.lm.quantize import check_nf4, load_nf4
 from toolkit.lm.trainable import ecg_rows
-from toolkit.lm.vocabulary import ecg_vocabulary, extend
+from toolkit.lm.vocabulary import ecg_vocabulary
 from toolkit.shards.order import spaced
 from toolkit.shards.reader import Shards
 from toolkit.shown import Shown
-from toolkit.tasks.corpus import corpus
-from toolkit.tasks.features import ECGFeatures
 from toolkit.tasks.instruct import TaskData
 from toolkit.tasks.mixture import TEXT, parse_mixture, read_text
 from toolkit.tasks.prompts import Prompts, Style, question_text, reference_text
 from toolkit.tasks.vocabulary import ECGVocabulary
+from toolkit.tokenizer.features import ECGFeatures
 from toolkit.training import ds_config
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
-from toolkit.training.distributed import Ranks, launcher, start, sum_over_ranks, wants_bf16
+from toolkit.training.distributed import launcher, start, sum_over_ranks, wants_bf16
 from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, check_patients, open_shards
+from toolkit.training.untrained import prepare_backbone
 from toolkit.training.validation import mean_loss
 from toolkit.training.zero3 import place_backbone, whole_state
 
@@ -93,7 +93,7 @@ def main() -> None:
     shards, valid_shards = ([both[part] for both, _ in folders] for part in (0, 1))
     check_patients(shards, valid_shards)
     ranks = start()
-    backbone, stamp = prepare_backbone(args, shards, ranks)
+    backbone, stamp = prepare_backbone(args.backbone, args.output_dir, shards, args.seed, ranks)
     if args.quantize == "nf4":
         check_nf4(ranks.device, ds_config.read(args.deepspeed)["zero_optimization"]["stage"])
         if not wants_bf16(args):
@@ -117,9 +117,9 @@ def main() -> None:
         kernels.compile_layers(lm)
     context = getattr(model.config, "max_position_embeddings", None)
     text = read_text(args.text, tokenizer) if args.text else None
-    data = TaskData(shards, tokenizer, vocabulary, prompts, args.seed, args.tasks_per_ecg, mixture, text, context, features)
+    data = TaskData(shards, tokenizer, vocabulary, prompts, args.seed, args.tasks_per_ecg, mixture, text, context, features and features.of)
     known = tuple(replace(share, weight=None) for share in mixture if share.name != TEXT)
-    valid = TaskData(valid_shards, tokenizer, vocabulary, prompts, mixture=known, context=context, features=features)
+    valid = TaskData(valid_shards, tokenizer, vocabulary, prompts, mixture=known, context=context, features=features and features.of)
     watched = questions_of(valid, args.max_eval_answers)
 
     def loss(engine, row):
@@ -137,17 +137,22 @@ def main() -> None:
         spread = engine.zero_optimization_stage() < 3
         mine = watched[ranks.rank :: ranks.world] if spread else watched
         with attention.plain_attention(engine.module.lm) as plain:
-            parts = [answer_rows(plain, tokenizer, vocabulary, prompts, mine, WATCHED, ranks.device, engine.module.adapter)]
+            parts = [answer_rows(plain, tokenizer, vocabulary, prompts, mine, WATCHED, ranks.device, engine.module.adapter, None if spread else agree)]
         if spread:
             own, parts = parts[0], [None] * ranks.world
             dist.all_gather_object(parts, own)
         scores = metrics.exact_match([row for part in parts for row in part])
         return {"eval_exact_match": scores.pop("overall"), **{f"eval_exact_match/{kind}": score for kind, score in scores.items() if score is not None}}
 
+    def agree(tokens: torch.Tensor) -> torch.Tensor:
+        """Rank 0's: where two words are equally likely another GPU may choose the other one."""
+        dist.broadcast(tokens, 0)
+        return tokens
+
     def show(engine) -> Shown:
-        samples = [valid.sample(i) for i in spaced(len(valid), len(shards))]
+        samples = [valid.sample(i) for i in valid.firsts]
         with attention.plain_attention(engine.module.lm) as plain:
-            answers = answer_tasks(plain, tokenizer, vocabulary, prompts, samples, SHOWN, ranks.device, engine.module.adapter)
+            answers = answer_tasks(plain, tokenizer, vocabulary, prompts, samples, SHOWN, ranks.device, engine.module.adapter, agree)
         pairs = [(task, given) for (*_, tasks), some in zip(samples, answers) for task, given in zip(tasks, some)]
         return Shown(texts={"samples": "\n\n".join(f"{question_text(task)} {given} (reference: {reference_text(task)})" for task, given in pairs)})
 
@@ -171,6 +176,8 @@ def main() -> None:
 
     identity = {"shards digest": ", ".join(folder.digest for folder in shards), "skipped shards": [skipped for _, skipped in folders],
                 "text digest": digest(args.text) if args.text else None, "backbone digest": backbone_digest(backbone, model)}  # fmt: skip
+    if args.eval_steps:  # validations choose the best adapter, so a resumed run must have the same
+        identity |= {name: getattr(args, name) for name in ("eval_steps", "max_eval_samples", "max_eval_answers")}
     job = Job(PackedLM(lm, how, adapter=adapter), data, loss, evaluate, export, identity, show, row_flops(lm), hidden_size,
               watch="eval_exact_match" if watched else "eval_loss", keep_last=True, check=check)  # fmt: skip
     train(args, job, ranks, "instruct")
@@ -190,30 +197,6 @@ def continuous_input(shards: list[Shards], model, vocabulary: ECGVocabulary) -> 
     features = ECGFeatures(tokenizer_of(shards[0]))
     measured, codes = features.measure(shards)
     return features, fitted(model, vocabulary.code_rows, features.mean, features.std, measured, codes)
-
-
-def prepare_backbone(args: InstructArguments, shards: list[Shards], ranks: Ranks) -> tuple[str, dict]:
-    """Collective. The folder of a backbone that knows the shards' ECG tokens, and its stamp: --backbone itself, or what is made of it in the run folder."""
-    given = Path(args.backbone)
-    if (given / "adapter_config.json").is_file():
-        raise UserError(f"--backbone: {given} is an adapter; name the folder of launchers/pretrain.py that it was trained on")
-    if not (given / STAMP).is_file() and (given / "arguments.json").is_file():
-        raise UserError(f"--backbone: the training of {given} is not complete; run its launchers/pretrain.py command again")
-    if not (given / STAMP).is_file():
-        given = Path(args.output_dir) / "backbone"  # it is part of the result: the adapter needs its untrained rows
-        if ranks.main and not given.is_dir():
-            print(f"{args.backbone} knows no ECG tokens: they start untrained, in {given}, which the adapter will need", flush=True)
-            model, tokenizer = load_backbone(args.backbone, lambda: corpus(shards[0]), args.seed)
-            knows_text = args.backbone != "tiny"
-            extend(model, tokenizer, shards[0].index["levels"], args.seed, knows_text)
-            with new_folder(given) as temporary:
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-                save_stamp(temporary, shards[0].index, knows_text)
-        dist.barrier()
-    for one in shards:
-        stamp = check_stamp(given, one.index, "--backbone")
-    return str(given.resolve()), stamp  # the adapter's configuration remembers it
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> None:
     # going on from a model that knows ECG tokens already: they must be these
     stamp = check_stamp(args.backbone, shards.index, "--backbone") if (Path(args.backbone) / STAMP).is_file() else None
     knows_text = stamp["knows_text"] if stamp else args.backbone != "tiny"
-    reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text and args.objective == "causal" and args.head == "full")
+    reports = args.report_targets == "yes" or (args.report_targets == "auto" and not knows_text and args.head == "full")
     if reports and args.head == "ecg":
         raise UserError("--head ecg: its softmax knows no words; leave out --report_targets yes")
     if args.train == "new_rows" and args.weight_decay:

@@ -98,7 +98,7 @@ def make_plan(args: PlanArguments) -> dict:
         "backbone": args.backbone, "objective": args.objective, "train": args.train, "precision": "bf16" if bf16 else "fp32",
         "world": args.world, "gpu": args.gpu, "gpu_memory": gpu.memory * 10**9, "peak_flops": peak, "mfu": args.mfu,
         "reports_not_counted": args.report_targets == "yes"
-        or (args.report_targets == "auto" and args.backbone == "tiny" and args.objective == "causal" and head_rows is None),
+        or (args.report_targets == "auto" and args.backbone == "tiny" and head_rows is None),
         "gradient_checkpointing": args.gradient_checkpointing, "ecgs": ecgs, "epochs": args.num_train_epochs, "seq_len": args.seq_len,
         "parameters": total, "trained": trained, "vocabulary": len(head),
         "tokens_per_ecg": len(one.input_ids), "targets_per_ecg": len(one.targets), "ecgs_per_row": per_row,

@@ -176,7 +176,7 @@ def test_mistakes_are_one_line_and_exit_2(line, tmp_path):
 
 LAUNCHER_MISTAKES = {
     "pretrain": [("--shards", "nowhere", "--shards: nowhere has no index.json"), ("--deepspeed", "nowhere.json", "--deepspeed: nowhere.json cannot be read")],
-    "instruct": [("--backbone", "nowhere", "--backbone: nowhere has no heartspeed.json"), ("--shards", "shards", "holds tokens, not tasks"),
+    "instruct": [("--backbone", "./nowhere", "--backbone: './nowhere' is neither `tiny`"), ("--shards", "shards", "holds tokens, not tasks"),
                  ("--gain_text", "true", "--gain_text: .* has gain tokens")],
     "evaluate": [("--model", "nowhere", "--model: nowhere holds neither"), ("--shards", "shards", "holds tokens, not tasks")],
     "train_tokenizer": [("--manifest", "nowhere", "--manifest nowhere has no"), ("--levels", "1", "--levels: needs 2"),

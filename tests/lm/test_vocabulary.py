@@ -143,7 +143,7 @@ def test_a_trained_model_remembers_how_it_is_asked(tmp_path, prompts):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     save_stamp(tmp_path, index, knows_text=True, prompts=asdict(prompts))
-    assert load_trained(tmp_path, index, torch.float32)[2:] == (vocabulary, prompts)
+    assert load_trained(tmp_path, index, torch.float32)[2:] == (vocabulary, prompts, None)
 
 
 def test_unknown_backbone_names_the_argument():

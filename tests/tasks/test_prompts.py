@@ -1,7 +1,6 @@
 """Prompts: what a model reads, word for word; only answers are targets; patients never appear."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -136,6 +135,21 @@ def test_what_a_backbone_cannot_be_asked_is_refused(tiny_with_gains, prompts, me
         prompts.check(*tiny_with_gains[1:])
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{% for m in messages %}{{ m['role'] }}{% endfor %}", "{% if %}"])
+def test_a_chat_template_that_cannot_be_used_is_named(tiny, template):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="--prompt chat: the chat template of this backbone cannot be used"):
+        Prompts("chat").check(tokenizer, tiny[2])
+
+
+def test_the_date_of_a_chat_template_is_not_todays(tiny):
+    tokenizer = copy.deepcopy(tiny[1])
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}|" + CHATS["chatml"]
+    (group,) = task_groups(tokenizer, tiny[2], Prompts("chat"), codes(1), META, [VERIFY])
+    assert tokenizer.decode(group.prefix.ids).startswith("01 Jan 2026|<|pad|>user")
+
+
 def test_paper_prompts_have_no_place_for_gains_and_old_shards_no_background(tiny):
     with pytest.raises(UserError, match="--gain_text: --prompt paper"):
         Prompts("paper", gain_text=True).check(*tiny[1:])
@@ -174,4 +188,3 @@ def test_loss_and_gradients_are_those_of_the_pairs_one_by_one_in_a_plain_model(t
     for name, weight in lm.named_parameters():
         if weight.requires_grad:
             assert (together[name] - weight.grad).abs().max() / targets < 1e-5, name
-    assert replace(prompts) == prompts

@@ -97,5 +97,17 @@ def test_what_windows_cannot_be_made_of_is_refused(tiny, shards):
     _, tokenizer, vocabulary = tiny
     with pytest.raises(UserError, match="--objective windows: .* ECG of 18 tokens, .* needs 19"):
         ForecastData(Shards.open(shards, "short"), tokenizer, vocabulary, objective="windows")
-    with pytest.raises(UserError, match="--report_targets no"):
-        ForecastData(Shards.open(shards, "train"), tokenizer, vocabulary, reports=True, objective="windows")
+
+
+def test_a_report_is_predicted_from_the_whole_ecg_after_the_windows(tiny, shards):
+    model, tokenizer, vocabulary = tiny
+    data = ForecastData(Shards.open(shards, "train"), tokenizer, vocabulary, reports=True, objective="windows", seq_len=2200)
+    without = ForecastData(Shards.open(shards, "train"), tokenizer, vocabulary, objective="windows").batch([(0, 0)])
+    batch = data.batch([(0, 0)])
+    assert batch.tokens <= 2200 // data.samples_per_row and data.samples_per_row == 2
+    asked = tokenizer.encode("\nWrite the report of this ECG.\nReport:", add_special_tokens=False)
+    answer = [*tokenizer.encode(" x", add_special_tokens=False), tokenizer.eos_token_id]
+    assert batch.inputs.targets.tolist() == [*without.inputs.targets, *answer]
+    assert batch.inputs.input_ids[len(without.inputs.input_ids) :].tolist() == [
+        tokenizer.bos_token_id, vocabulary.start, *(data.shards.ids(0)[0].astype(int) + vocabulary.first), vocabulary.end, *asked, *answer
+    ]  # fmt: skip

@@ -93,13 +93,8 @@ def test_answers_beyond_the_context_are_cut_or_left_out(folders, fork, tmp_path)
     whole, answer = longest.pop(), len(rows[0].targets)
     for lost in range(answer + 1):
         data = pairs(folders, whole - lost)
-        if lost == answer:
-            with pytest.raises(ValueError):  # a sample of which no task is left has no group
-                data.batch([(0, 0)])
-            assert (data.cut, data.left_out) == (0, 1)
-            continue
-        row = data.batch([(0, i) for i in range(6)]).inputs
-        assert (data.cut, data.left_out) == (6 * bool(lost), 0)
+        row = data.batch([(0, i) for i in range(6)]).inputs  # at last a row without a target
+        assert (data.cut, data.left_out) == (6 * (0 < lost < answer), 6 * (lost == answer))
         assert np.array_equal(row.targets, np.concatenate([one.targets[: answer - lost] for one in rows]))
     backbone = with_context(folders["known"], tmp_path / "cut", whole - 1)
     given = {

@@ -20,7 +20,7 @@ STEPS, ECGS = 12, 4  # of a run, and in a step
 DRAWN = {"tasks_per_ecg": 2, "lora_dropout": 0.1, "eval_steps": 3, "save_steps": 5, "max_eval_answers": 4, "max_eval_samples": 6}
 # an untrained model does not end its answers: few tokens, since ZeRO-3 gathers every weight for each
 SHORT = "instruct.SHOWN = instruct.WATCHED = 4"
-# after the run: the logits of two samples and a piece of text from the engine itself, on all ranks, since under ZeRO-3 each forward gathers
+# after the run: the logits of an ECG, a pair and a piece of text from the engine itself, on all ranks, since under ZeRO-3 each forward gathers
 KEEP_LOGITS = """
 import torch
 import toolkit.training.loop as loop
@@ -28,7 +28,7 @@ finish = loop._finish
 def keep(args, job, engine, log, folder, state):
     results = finish(args, job, engine, log, folder, state)
     engine.eval()
-    row = job.data.batch([(0, 0), (0, 5), (0, len(job.data) - 1)]).inputs
+    row = job.data.batch([(0, 0), (0, 3), (0, job.data.firsts[-1])]).inputs
     with torch.no_grad():
         logits = engine(row, logits=True).float()
     if log:
@@ -83,7 +83,7 @@ def arguments(task_corpus, exact_configs):
         given = {
             "deepspeed": exact_configs[stage], "backbone": task_corpus / (backbone or "known"), "shards": task_corpus / "tasks", "output_dir": out,
             "max_steps": STEPS, "per_device_train_batch_size": 1, "gradient_accumulation_steps": ECGS // world, "precision": "fp32", "logging_steps": 1,
-            "save_steps": 1000, "learning_rate": 1e-2, "warmup_steps": 2, "lora_r": 4, "train_rows": "all", "max_eval_answers": 2,
+            "save_steps": 1000, "learning_rate": 3e-3, "warmup_steps": 2, "lora_r": 4, "train_rows": "all", "max_eval_answers": 2,
             "tasks": "ecgqa:0.6,report:0.3,text:0.1", "text": task_corpus / "text.txt", **more,
         }  # fmt: skip
         return [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
@@ -136,7 +136,7 @@ def test_losses_and_adapter_do_not_depend_on_ranks_or_zero_stage(done, stage, wo
     assert max(abs(found[step] - expected[step]) for step in expected) < 1e-5
     one, two = adapter(reference), adapter(other)
     assert one.keys() == two.keys() and all((one[name] - two[name]).abs().max() < 1e-5 for name in one)
-    assert expected[STEPS] < 0.6 * expected[1]
+    assert expected[STEPS] < 0.9 * expected[1]
     assert all(weight.numel() and weight.any() for weight in two.values())
 
 
@@ -179,15 +179,14 @@ def test_another_number_of_ranks_goes_on_with_the_same_run(tune, arguments, done
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_checkpoint_is_three_times_the_trained_weights(done, stage, precision):
+def test_a_checkpoint_is_three_times_the_bytes_of_the_trained_weights(done, stage, precision):
     # bf16 at stage 0 takes no accumulation
     folder = done(2, stage) if precision == "fp32" else done(2, stage, precision="bf16", max_steps=1, gradient_accumulation_steps=1)
     state = folder / f"checkpoint-{results(folder)['steps']}" / "state"
-    files = list(state.iterdir())
     trained = 4 * sum(weight.numel() for weight in adapter(folder).values())
-    total = sum(path.stat().st_size for path in files)
-    print(f"RATIO stage {stage} {precision}: {total / trained:.3f}, {total} of {trained} bytes in {len(files)} files: {[f.stat().st_size for f in files]}")
-    assert total < 3 * trained * (1.17 if stage == 0 and precision == "bf16" else 1) + 40_000 * len(files)
+    total = sum(path.stat().st_size for path in state.iterdir())
+    # weights and two moments in float32, at stage 0 in bf16 those in bf16 as well; and a frozen weight nowhere: the head alone is as large as the rows trained
+    assert total < (3.65 if stage == 0 and precision == "bf16" else 3.15) * trained
 
 
 @pytest.mark.parametrize("name", VARIANTS)

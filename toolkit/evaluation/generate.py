@@ -1,5 +1,7 @@
 """Greedy answers to the tasks of ECGs: the prefix is computed once per ECG, its cache shared by all its questions."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from transformers import DynamicCache
@@ -21,6 +23,7 @@ def answer_rows(
     max_new_tokens: int,
     device,
     adapter: ECGAdapter | None = None,
+    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch: int = BATCH,
 ) -> list[dict]:
     """A prediction row, as evaluation/metrics.py takes them, for every task of every sample. Arguments as of `answer_tasks`."""
@@ -28,7 +31,7 @@ def answer_rows(
     samples = sorted(samples, key=lambda sample: len(sample[0]))  # those of a batch best have as many ECGs
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        for (*_, tasks), answers in zip(part, answer_tasks(model, tokenizer, vocabulary, prompts, part, max_new_tokens, device, adapter)):
+        for (*_, tasks), answers in zip(part, answer_tasks(model, tokenizer, vocabulary, prompts, part, max_new_tokens, device, adapter, agree)):
             for task, answer in zip(tasks, answers):
                 kind = {name: task[name] for name in ("task", "question_type")}
                 rows.append({"id": task.get("id"), **kind, "prediction": answer, "reference": reference_text(task)})
@@ -45,11 +48,12 @@ def answer_tasks(
     max_new_tokens: int,
     device,
     adapter: ECGAdapter | None = None,
+    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[list[str]]:
     """The model's answer to every task of every sample; best with as many ECGs in each, so that they need no padding.
 
     model: a causal LM with ordinary attention. ECG tokens are never answers and are masked out. adapter: what reads the `features` that each sample's json
-    then has, in the places of its code tokens.
+    then has, in the places of its code tokens. agree: makes the chosen tokens int64 [n] of all ranks one, where these must take as many forwards.
     """
     asked = [(codes, meta, task) for codes, meta, tasks in samples for task in tasks]
     if not asked:
@@ -79,6 +83,7 @@ def answer_tasks(
         logits = model(**given, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         logits[:, vocabulary.start :] = -torch.inf  # ECG tokens, and the padding rows behind them
         chosen = logits.argmax(-1)
+        chosen = agree(chosen) if agree else chosen
         goes_on = chosen != end
         for row, token in zip(active[goes_on].tolist(), chosen[goes_on].tolist()):
             answers[row].append(token)

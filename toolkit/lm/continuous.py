@@ -8,17 +8,25 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from toolkit.errors import UserError, first_line
+from toolkit.lm.gathered import gathered
 
 FILE = "ecg_adapter.safetensors"
 RIDGE = 1e-3  # of the mean square of the features
 
 
 class ECGAdapter(torch.nn.Linear):
-    """Features [k, D], standardised by `mean` and `std` (float32 [D], not trained), -> embeddings [k, hidden] of the tokens in `rows` of the vocabulary."""
+    """Features [k, D], standardised by `mean` and `std` (float32 [D], not trained), -> embeddings [k, hidden] of the tokens in `rows` of the vocabulary.
+
+    They are (W features + b) / sqrt(D): so a step of AdamW moves an embedding about as far as a step on a row of the embedding would. On `tiny` the SD of the
+    embeddings went from 0.021 to 0.047 in 20 steps, without the root to 0.40; the validation loss after 80 steps was 3.49, without 3.82, over D 4.06.
+    """
 
     def __init__(self, mean: np.ndarray, std: np.ndarray, hidden: int, rows: range):
         super().__init__(len(mean), hidden)
         self.mean, self.std, self.rows = mean, std, rows  # no buffers: in a bf16 engine those would be rounded
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(features) * self.in_features**-0.5
 
     def save(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
         """Write the adapter. state: its `weight` and `bias`, whole."""
@@ -40,21 +48,21 @@ class ECGAdapter(torch.nn.Linear):
 def fitted(model: PreTrainedModel, rows: range, mean: np.ndarray, std: np.ndarray, features: np.ndarray, codes: np.ndarray) -> ECGAdapter:
     """The adapter that training starts from: of all linear ones that which comes nearest (least squares) to the embedding rows of the codes.
 
-    features: float32 [n, D], standardised; codes: int [n]. So a model that knows the tokens reads its first ECG nearly as before. Collective where the
-    embedding is born sharded (ZeRO-3).
+    features: float32 [n, D], standardised; codes: int [n]. So a model that knows the tokens reads its first ECG nearly as before: 68 % of the
+    rows' variance is in it (`tiny`, PTB-XL). Collective where the embedding is born sharded (ZeRO-3).
     """
     weight = model.get_input_embeddings().weight
-    with _whole(weight):
-        table = weight[rows.start : rows.stop].detach().double().cpu()
+    with gathered([weight]), torch.no_grad():  # the module, not its weight: some scale what they look up
+        table = model.get_input_embeddings()(torch.arange(rows.start, rows.stop, device=weight.device)).double().cpu()
     x = torch.from_numpy(np.concatenate([features, np.ones((len(features), 1))], 1)).double()
     y = table[torch.from_numpy(codes.astype(np.int64))]
     ridge = RIDGE * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    ridge[-1, -1] = 0
+    ridge[-1, -1] = 0  # the mean is free
     solution = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
-    adapter = ECGAdapter(mean, std, weight.shape[-1] if weight.dim() == 2 else table.shape[1], rows)
+    adapter = ECGAdapter(mean, std, table.shape[1], rows)
     with torch.no_grad():
-        adapter.weight.copy_(solution[:-1].T)
-        adapter.bias.copy_(solution[-1])
+        adapter.weight.copy_(solution[:-1].T * adapter.in_features**0.5)
+        adapter.bias.copy_(solution[-1] * adapter.in_features**0.5)
     return adapter.to(weight.dtype)  # where it is born sharded the model is bf16 already, and DeepSpeed refuses two types
 
 
@@ -70,13 +78,3 @@ def embedded(model, adapter: ECGAdapter, ids: torch.Tensor, features: np.ndarray
         raise ValueError(f"{len(features)} features for {int(at.sum())} ECG tokens")
     made = adapter(torch.from_numpy(features).to(ids.device, adapter.weight.dtype)).to(table.dtype)
     return table.masked_scatter(at[..., None], made)
-
-
-def _whole(weight: torch.nn.Parameter):
-    from contextlib import nullcontext
-
-    if not hasattr(weight, "ds_id"):
-        return nullcontext()
-    from deepspeed.zero import GatheredParameters
-
-    return GatheredParameters([weight])

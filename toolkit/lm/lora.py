@@ -1,7 +1,6 @@
 """LoRA through PEFT: on all linear layers but the head or on some, with rows of the vocabulary and norms trained in full beside it."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from toolkit.errors import UserError
+from toolkit.lm.gathered import gathered
 
 ALL_LINEAR = "all-linear"
 
@@ -39,7 +39,9 @@ def add_lora(
         more["modules_to_save"] = sorted({name.split(".")[-1] for module, name in names.items() if "norm" in type(module).__name__.lower()})
     config = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=_target_modules(names, head, targets), **more)
     # by itself PEFT keeps LoRA of a bf16 model in float32, which DeepSpeed's ZeRO-3 refuses; the float32 copy is the optimizer's
-    with _gathered([module.weight for module in ends] if trained_rows else []):
+    # PEFT copies the rows out of weights that ZeRO-3 left empty: its own way of gathering asks for transformers' DeepSpeed configuration, which is gone
+    # once the model is loaded, and for CUDA
+    with gathered([module.weight for module in ends] if trained_rows else []):
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
@@ -52,17 +54,6 @@ def _target_modules(names: dict[torch.nn.Module, str], head: torch.nn.Module, ta
         known = ", ".join(dict.fromkeys(name.split(".")[-1] for name in linear))
         raise UserError(f"--lora_targets: no layer is called {', '.join(map(repr, unknown)) or 'nothing'}; this backbone has {known}, or say {ALL_LINEAR}")
     return list(targets)
-
-
-def _gathered(weights: list[torch.nn.Parameter]):
-    """The weights whole on every rank, if ZeRO-3 holds parts of them. PEFT copies the rows out of them, and finds an empty weight: its own way of gathering
-    asks for transformers' DeepSpeed configuration, which is gone once the model is loaded, and for CUDA.
-    """
-    if not any(hasattr(weight, "ds_id") for weight in weights):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(weights)
 
 
 def save_adapter(model: PeftModel, folder: str | Path, state: dict[str, torch.Tensor]) -> None:

@@ -52,7 +52,7 @@ def load_merged(folder: Path, dtype: torch.dtype, flag: str) -> tuple[PreTrained
 
 
 def backbone_of(folder: Path, flag: str) -> Path | str:
-    """The backbone that an adapter names: a folder, or a name of the hub. If the folder is gone, the one of that name beside the adapter (a moved run).
+    """The backbone that an adapter names: a folder, or a name of the hub. If the folder is gone, the one of that name in or beside the adapter's.
 
     Raises UserError naming the flag if there is none.
     """
@@ -63,7 +63,10 @@ def backbone_of(folder: Path, flag: str) -> Path | str:
         raise UserError(f"{flag}: {folder / ADAPTER} is damaged or names no backbone; make the adapter again") from None
     if not path.is_absolute():
         return named
-    beside = folder.resolve().parent / path.name
-    if not path.is_dir() and not beside.is_dir():
-        raise UserError(f"{flag}: the backbone of {folder} is gone; put it back to {path}, or beside the adapter as {beside}")
-    return path if path.is_dir() else beside
+    here = folder.resolve()
+    # of a moved run: made by that run, beside it, or of a `last/` in it
+    places = [path, *(parent / path.name for parent in (here, here.parent, here.parent.parent))]
+    found = next((place for place in places if place.is_dir()), None)
+    if not found:
+        raise UserError(f"{flag}: the backbone of {folder} is gone; put it back to {path}, or beside the adapter as {places[2]}")
+    return found

@@ -60,8 +60,6 @@ def sample_at(seed: int, n: int, position: int, stream: int = 0) -> tuple[int, i
 
 def mixed_at(seed: int, sizes: list[int], counts: tuple[int, ...], position: int) -> tuple[int, int, int]:
     """(stream, epoch of the stream, index in it) at a position of a mixture of streams of `sizes` samples, each `counts` times in a block (`block_counts`)."""
-    if len(sizes) == 1:
-        return (0, *sample_at(seed, sizes[0], position))
     block, offset = divmod(position, BLOCK)
     stream, before = (int(part[offset]) for part in _arrangement(seed, block, counts))
     return (stream, *sample_at(seed, sizes[stream], block * counts[stream] + before, stream))

@@ -25,10 +25,10 @@ def ecgs_per_row(tokens: int, seq_len: int) -> int:
 
 
 class ForecastData:
-    """Pretraining: every ECG token is a target, and with `reports` the report after it; with objective `windows` the release's steps alone.
+    """Pretraining: every ECG token is a target, with objective `windows` the release's steps alone; and with `reports` the report after the ECG.
 
     seq_len: tokens of a row; `samples_per_row` ECGs are sure to fit it (one, without seq_len). A report is cut to what is the longest of
-    `MEASURED`; `cut_reports` counts those. seed: of the windows' places. Raises UserError naming --seq_len, --objective or --report_targets.
+    `MEASURED`; `cut_reports` counts those. seed: of the windows' places. Raises UserError naming --seq_len or --objective.
     """
 
     def __init__(
@@ -37,8 +37,6 @@ class ForecastData:
         self.shards, self.tokenizer, self.vocabulary, self.reports = shards, tokenizer, vocabulary, reports
         self.windows, self.seed = objective == "windows", seed
         self.report_room, self.cut_reports, self.samples_per_row = None, 0, 1
-        if self.windows and reports:
-            raise UserError("--report_targets: the objective `windows` predicts ECG tokens alone; use --report_targets no or --objective causal")
         lengths = shards.rows["n_tokens"]
         if self.windows and lengths.min() < LEAST:
             raise UserError(f"--objective windows: the shards hold an ECG of {lengths.min()} tokens, the smallest window needs {LEAST}; use causal")
@@ -65,7 +63,8 @@ class ForecastData:
             return [forecast_group(self.tokenizer, self.vocabulary, codes, gains, self._report(meta))]
         ids = ecg_ids(self.tokenizer, self.vocabulary, codes, gains)
         opening, tokens, _ = np.split(ids, [-1 - codes.size, -1])
-        return window_groups(opening, tokens, window_starts(codes.size, self.seed, epoch, i))
+        groups, report = window_groups(opening, tokens, window_starts(codes.size, self.seed, epoch, i)), self._report(meta)
+        return [*groups, Group(Sequence(ids, np.zeros(len(ids), bool)), report)] if report else groups
 
     def _report(self, meta: dict) -> list[Sequence]:
         if not (self.reports and meta["report"]):
@@ -79,12 +78,14 @@ class ForecastData:
 
     def _room(self, longest: int) -> int:
         """Tokens that no ECG exceeds; `longest` is the index of one with the most ECG tokens. The same on all ranks."""
+        windows = sum(len(group.prefix.ids) for group in self._groups(0, longest) if not group.branches)
         if not self.reports:
-            return sum(len(group.prefix.ids) for group in self._groups(0, longest))
+            return windows
         n, count = len(self), min(len(self), MEASURED)
         reports = [report for k in range(count) for report in self._report(self.shards.meta(k * n // count))]
         self.report_room = max((len(report.ids) for report in reports), default=0)
-        return len(ecg_ids(self.tokenizer, self.vocabulary, self.shards.ids(longest), self.shards.meta(longest)["gains"])) + self.report_room
+        whole = len(ecg_ids(self.tokenizer, self.vocabulary, self.shards.ids(longest), self.shards.meta(longest)["gains"])) + self.report_room
+        return whole + windows * self.windows
 
 
 def micro_batch(groups: list[Group], ecgs: int) -> MicroBatch:

@@ -4,17 +4,17 @@ A sample is an ECG (or the two of a comparison) with all its tasks; a micro-batc
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
 
 from toolkit.errors import UserError
-from toolkit.shards.order import MicroBatch, block_counts, mixed_at
+from toolkit.shards.order import BLOCK, MicroBatch, block_counts, mixed_at, sample_at
 from toolkit.shards.packing import Group, Sequence
 from toolkit.shards.reader import Shards
 from toolkit.tasks.data import micro_batch
-from toolkit.tasks.features import ECGFeatures
 from toolkit.tasks.mixture import ALL, EVERYTHING, TEXT, Share
 from toolkit.tasks.prompts import Prompts, task_groups
 from toolkit.tasks.vocabulary import ECGVocabulary
@@ -25,7 +25,7 @@ class TaskData:
 
     tasks_per_ecg: most tasks of a sample and epoch, drawn anew every epoch from (seed, epoch, sample); 0: all. context: most tokens that ECGs, prompt and
     answer may have: an answer that is too long is cut, a task without room for any of its answer left out; `cut` and `left_out` count those.
-    features: continuous ones for the code tokens, read from the recordings with every sample.
+    features: what gives the continuous ones of a sample's code tokens, from its shards, codes and json.
     Raises UserError naming --tasks, --text, or --backbone where its context does not hold the ECGs.
     """
 
@@ -42,7 +42,7 @@ class TaskData:
         mixture: tuple[Share, ...] = (EVERYTHING,),
         text: np.ndarray | None = None,
         context: int | None = None,
-        features: ECGFeatures | None = None,
+        features: Callable[[Shards, np.ndarray, dict], np.ndarray] | None = None,
     ):
         self.shards, self.tokenizer, self.vocabulary, self.prompts = shards, tokenizer, vocabulary, prompts
         self.seed, self.tasks_per_ecg, self.mixture, self.text, self.context, self.features = seed, tasks_per_ecg, mixture, text, context, features
@@ -51,20 +51,27 @@ class TaskData:
         self._streams = _streams(mixture, shards, text)
         self._sizes = [len(stream) for stream in self._streams]
         self._offsets = list(accumulate(self._sizes, initial=0))
-        weights = self._sizes if mixture[0].weight is None else [share.weight for share in mixture]
-        try:
-            self._counts = block_counts(weights)
-        except ValueError as error:
-            raise UserError(f"--tasks: {error}; raise the smallest weight") from None
+        self._counts = _counts(mixture)
         if context is not None:
             self._check_context()
 
     def __len__(self) -> int:
-        return self._offsets[-1]
+        """Samples of an epoch: so many that those of the tasks come once on average; text between them makes it longer."""
+        if self._counts is None:
+            return self._offsets[-1]
+        own = [(size, count) for share, size, count in zip(self.mixture, self._sizes, self._counts) if share.name != TEXT]
+        return round(sum(size for size, _ in own) * BLOCK / sum(count for _, count in own))
 
     def at(self, seed: int, position: int) -> tuple[int, int]:
+        if self._counts is None:
+            return sample_at(seed, self._offsets[-1], position)
         stream, epoch, index = mixed_at(seed, self._sizes, self._counts, position)
         return epoch, self._offsets[stream] + index
+
+    @property
+    def firsts(self) -> list[int]:
+        """The first index of each share."""
+        return self._offsets[:-1]
 
     def key(self, index: int) -> str:
         share, sample = self._find(index)
@@ -75,7 +82,9 @@ class TaskData:
 
     def batch(self, samples: list[tuple[int, int]]) -> MicroBatch:
         found = [self._groups(epoch, index) for epoch, index in samples]
-        return micro_batch([group for groups, _ in found for group in groups], sum(ecgs for _, ecgs in found))
+        groups = [group for groups, _ in found for group in groups]
+        nothing = Group(Sequence(np.array([self.tokenizer.eos_token_id]), np.zeros(1, bool)), [])  # no task of these samples has room
+        return micro_batch(groups or [nothing], sum(ecgs for _, ecgs in found))
 
     def sample(self, index: int) -> tuple[np.ndarray, dict, list[dict]]:
         """Codes uint16 [n_ecgs, 313], json (with `features`, if the ECGs have them) and all tasks of the share that an index of `at` names; not of text."""
@@ -83,7 +92,7 @@ class TaskData:
         shards, i = self._shard(sample)
         codes, meta = shards.ids(i), shards.meta(i)
         if self.features:
-            meta["features"] = self.features.of(shards, codes, meta)
+            meta["features"] = self.features(shards, codes, meta)
         return codes, meta, [task for task in meta["tasks"] if share.wants(task)]
 
     def tasks(self, index: int) -> list[dict]:
@@ -136,10 +145,19 @@ class TaskData:
 
 
 def text_group(tokenizer, sample: np.ndarray) -> Group:
-    """A sample of --text: every token is a target but the first, which is one after a BOS alone."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = np.concatenate([np.array(bos, np.int64), sample.astype(np.int64)])
+    """A sample of --text, after what the tokenizer itself puts before a text (SmolLM2's has a BOS and does not): every token is a target but the first."""
+    ids = np.concatenate([np.array(tokenizer("").input_ids, np.int64), sample.astype(np.int64)])
     return Group(Sequence(ids, np.arange(len(ids)) >= 1), [])
+
+
+def _counts(mixture: tuple[Share, ...]) -> tuple[int, ...] | None:
+    """What `mixed_at` takes; None without weights: then all samples are one stream."""
+    if mixture[0].weight is None:
+        return None
+    try:
+        return block_counts([share.weight for share in mixture])
+    except ValueError as error:
+        raise UserError(f"--tasks: {error}; raise the smallest weight") from None
 
 
 def _streams(mixture: tuple[Share, ...], shards: list[Shards], text: np.ndarray | None) -> list[np.ndarray]:

@@ -59,11 +59,12 @@ def read_text(path: str | Path, tokenizer) -> np.ndarray:
             documents = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
         else:
             documents = content.replace("\r\n", "\n").split("\n\n")
-        ids = [id for text in documents if text.strip() for id in (*tokenizer.encode(text.strip(), add_special_tokens=False), tokenizer.eos_token_id)]
+        encode = lambda text: np.array([*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id], np.int32)
+        ids = np.concatenate([np.zeros(0, np.int32), *(encode(text.strip()) for text in documents if text.strip())])
     except OSError as error:
         raise UserError(f"--text: {path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'--text: {path} is no UTF-8 text, or not a {{"text": ...}} a line ({first_line(error)})') from None
     if len(ids) < WINDOW:
         raise UserError(f"--text: {path} has {len(ids)} tokens, at least {WINDOW} are needed")
-    return np.array(ids[: len(ids) // WINDOW * WINDOW], np.int32).reshape(-1, WINDOW)
+    return ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from toolkit.ecg.gains import gain_text
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.shards.packing import Group, Sequence
 from toolkit.tasks.answers import join_answers
 from toolkit.tasks.vocabulary import ECGVocabulary
@@ -26,6 +26,8 @@ PAPER_REPORT = (
     "<|start_prompt|>Task description: Based on the given ECG signal embeddings, generate a ECG diagnostic report.Background:{background} <|end_prompt|>"
 )
 HERE = "[[ECG]]"  # where the ECGs go in a rendered chat
+# Llama 3's templates say today's date: a run would go on with, and be judged by, other prompts than it began with
+NO_DATE = "{%- macro strftime_now(format) -%}01 Jan 2026{%- endmacro -%}"
 
 Style = Literal["ecg_first", "paper", "chat"]
 Gains = list[list[float]] | None
@@ -45,6 +47,12 @@ class Prompts:
             raise UserError(f"--prompt: {self.style!r} is none of {', '.join(get_args(Style))}")
         if self.style == "chat" and not tokenizer.chat_template:
             raise UserError("--prompt chat: the tokenizer of this backbone has no chat template; use --prompt ecg_first, or an instruct model")
+        if self.style == "chat":
+            try:
+                _chat(tokenizer, "\nquestion")
+                end_id(tokenizer, self)
+            except Exception as error:  # a template is a program of its own
+                raise UserError(f"--prompt chat: the chat template of this backbone cannot be used ({first_line(error)}); use --prompt ecg_first") from error
         if self.gain_text and vocabulary.gain_first is not None:
             raise UserError("--gain_text: the backbone has gain tokens, which say the same; leave it out")
         if self.gain_text and self.style == "paper":
@@ -87,7 +95,8 @@ def end_id(tokenizer, prompts: Prompts) -> int:
     """The token that ends an answer: of the end of a turn in a chat, else of the end of a text."""
     if prompts.style == "chat":
         turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": HERE}]
-        closing = _text_ids(tokenizer, tokenizer.apply_chat_template(turns, tokenize=False).split(HERE)[1].lstrip())
+        _, closing = _rendered(tokenizer, turns)
+        closing = _text_ids(tokenizer, closing.lstrip())
         if closing:
             return closing[0]
     return tokenizer.eos_token_id
@@ -112,7 +121,7 @@ def background_text(meta: dict) -> str:
         raise UserError("--background: the shards hold no age and sex; make them again with `python -m sharding.shard_tasks`")
     lines = []
     for number, (age, sex) in enumerate(zip(meta["ages"], meta["sexes"]), 1):
-        known = [f"{age:.0f} years" if age < 90 else "90 years or older"] if age is not None else []
+        known = [f"{int(age)} years" if age < 90 else "90 years or older"] if age is not None else []
         known += [sex] if sex else []
         if known:
             lines.append(f"Patient{f' of ECG {number}' if len(meta['ages']) > 1 else ''}: {', '.join(known)}.")
@@ -164,6 +173,13 @@ def _text_ids(tokenizer, text: str) -> list[int]:
 
 def _chat(tokenizer, said: str) -> tuple[str, str]:
     """A chat in which the user shows the ECGs and goes on with `said`, up to the assistant's answer: its text before and after the ECGs."""
-    turns = [{"role": "user", "content": HERE + said}]
-    before, after = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True).split(HERE, 1)
+    return _rendered(tokenizer, [{"role": "user", "content": HERE + said}], add_generation_prompt=True)
+
+
+def _rendered(tokenizer, turns: list[dict], **more) -> tuple[str, str]:
+    """The chat's text before and after `HERE`. Raises ValueError if the template leaves it out."""
+    template = NO_DATE + tokenizer.get_chat_template()
+    before, here, after = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **more).partition(HERE)
+    if not here:
+        raise ValueError("it leaves out what the user says")
     return before, after

@@ -52,14 +52,14 @@ def watch_files(engine) -> None:
     """To be called once, before the first `save`."""
     engine.checkpoint_engine = Files(engine._config)
     engine._copy_recovery_script = lambda path: None  # DeepSpeed copies a script beside each checkpoint; on a full disk that would raise on rank 0 alone
-    if engine.zero_optimization():  # the weights are in the optimizer's files already, in float32: 3 times their bytes with Adam's moments instead of 4
-        engine.module_state_dict = lambda **how: _without_parameters(engine.module)
+    engine.module_state_dict = lambda **how: _state(engine)
 
 
-def _without_parameters(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What of the module's state is no parameter; a tied one has two names in it."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in module.state_dict().items() if name not in parameters}
+def _state(engine) -> dict[str, torch.Tensor]:
+    """The module's part of a checkpoint: buffers, and at ZeRO stage 0 the trained weights. From stage 1 on they are in the optimizer's files already, in
+    float32: 3 times their bytes with Adam's moments instead of 4. By itself DeepSpeed keeps a frozen head that is tied, by its second name."""
+    left_out = {name for name, p in engine.module.named_parameters(remove_duplicate=False) if engine.zero_optimization() or not p.requires_grad}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in left_out}
 
 
 def save(engine, folder: Path, state: dict, keep: int, keep_every: int = 0) -> str | None:

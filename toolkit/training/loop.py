@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
-from toolkit.errors import UserError
+from toolkit.errors import UserError, first_line
 from toolkit.files import write_text
 from toolkit.lm.flops import peak_flops
 from toolkit.shards.order import Data
@@ -33,7 +35,7 @@ from toolkit.training.speed import Interval
 from toolkit.training.zero3 import MADE
 
 SAID = 20  # sample keys in a message
-LAST = "last"  # the model of the last step, where the best one is another
+LAST = "last"  # the model of the last step, beside the best one
 
 
 @dataclass
@@ -103,7 +105,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
         if taken.keys:
             _report_skipped(args, done, taken, state["skipped"], in_a_row, log)
         if args.eval_steps and done % args.eval_steps == 0 and done != run.last:
-            state |= _validate(args, job, engine, run.folder, state, log)
+            state |= _validate(args, job, engine, run.folder, state, log, ranks)
         if done % args.logging_steps == 0 or done == run.last or state.get("stopped"):
             if log:
                 log.line(done, interval.values(run.last - done, taken.grad_norm, rate))
@@ -142,16 +144,32 @@ def _report_skipped(args: TrainingArguments, step: int, taken: Taken, total: int
         )
 
 
-def _validate(args: TrainingArguments, job: Job, engine, folder: Path, state: dict, log: RunLog | None) -> dict:
+def _validate(args: TrainingArguments, job: Job, engine, folder: Path, state: dict, log: RunLog | None, ranks: Ranks) -> dict:
     """Collective. What a validation between two steps changes of the state: with early stopping the best one, and whether to stop."""
     metrics = _evaluate(job, engine, log, state["step"])
     if not (args.early_stopping_patience or job.keep_last):
         return {}
     best = early_stopping.better(state.get("best"), metrics, job.watch, state["step"])
-    if best["step"] == state["step"]:
-        job.export(engine.module, early_stopping.path_of(folder, best))
+    if best["step"] == state["step"] and (problem := _export_best(job, engine, early_stopping.path_of(folder, best), ranks)):
+        if log:
+            tqdm.write(f"WARNING: the best model so far, of step {state['step']}, could not be written ({problem}); training goes on without it")
+        best = state.get("best")
+    if not best:
+        return {}
     waited = state["step"] - best["step"]
     return {"best": best, "stopped": bool(args.early_stopping_patience) and waited >= args.early_stopping_patience * args.eval_steps}
+
+
+def _export_best(job: Job, engine, path: Path, ranks: Ranks) -> str | None:
+    """Collective. Write the model to `path`; what went wrong on the disk, on every rank: a full one does not end the run."""
+    problem = [None]
+    try:
+        job.export(engine.module, path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(path, ignore_errors=True)
+        problem = [first_line(error)]
+    dist.broadcast_object_list(problem)  # rank 0 alone writes
+    return problem[0]
 
 
 def _save(engine, args: TrainingArguments, folder: Path, state: dict, log: RunLog | None, saved: int) -> int:
@@ -188,8 +206,10 @@ def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folde
     if best:
         results["best_step"] = final["step"]
     taken = best and final is best
-    if job.keep_last or not taken:
-        job.export(engine.module, folder / LAST if taken else folder)
+    if not taken:
+        job.export(engine.module, folder)
+    if best and job.keep_last:
+        job.export(engine.module, folder / LAST)
     if log:
         stop.answered(folder)  # too late for it to matter
         if taken:

@@ -18,8 +18,8 @@ from toolkit.tokenizer.fsq import ids_of
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
 MEASURED = 128  # ECGs of which mean and spread are taken
-KEPT = 1 << 28  # bytes of features kept in memory, those of 2,200 ECGs with 192 features a token: to read and encode an ECG takes 5 ms
-SAME = 0.99  # of the codes; all but one in a million on the machine that made the shards, and another's last bits change few more
+KEPT = 1 << 28  # bytes of features kept in memory, those of 2,200 ECGs with 192 features a token: to read and encode an ECG takes 11 ms
+SAME = 0.99  # of the codes: where an output lay on an edge float64 decided, and another machine has other last bits
 FLAG = "--ecg_input continuous"
 
 
@@ -80,7 +80,7 @@ class ECGFeatures:
         except KeyError:
             raise UserError(f"{FLAG}: {source} {record} of {shards.folder} is not in its manifest; use the manifest that the shards were made from") from None
         except (RecordError, OSError) as error:
-            raise UserError(f"{FLAG}: the recording {place[0]} cannot be read ({error}); put it back, or use --ecg_input tokens") from error
+            raise UserError(f"{FLAG}: the recording {place[0]} cannot be read ({error}); put it back, or tune with --ecg_input tokens") from error
 
 
 def recordings(shards: Shards) -> dict[tuple[str, str], tuple[str, float, str]]:
@@ -88,7 +88,9 @@ def recordings(shards: Shards) -> dict[tuple[str, str], tuple[str, float, str]]:
     try:
         manifest = read_manifest(Path(shards.folder) / shards.index["manifest"])
     except (KeyError, UserError) as error:
-        raise UserError(f"{FLAG}: reads the recordings, and the manifest of {shards.folder} is not at hand ({error}); use --ecg_input tokens") from error
+        raise UserError(
+            f"{FLAG}: reads the recordings, and the manifest of {shards.folder} is not at hand ({error}); put it there, or tune with --ecg_input tokens"
+        ) from error
     found: dict = {}
     columns = manifest.sort_values("key")[["source", "record_id", "path", "start", "array"]]
     for source, record, *place in columns.itertuples(index=False, name=None):
