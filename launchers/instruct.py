@@ -14,41 +14,36 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.distributed as dist
 
 from toolkit.errors import UserError
-from toolkit.evaluation import metrics
 from toolkit.evaluation.cards import tokenizer_of
-from toolkit.evaluation.generate import Sample, answer_rows, answer_tasks
 from toolkit.files import digest
-from toolkit.lm import attention, kernels
+from toolkit.lm import kernels
 from toolkit.lm.backbone import backbone_digest, load_backbone, save_stamp
 from toolkit.lm.checkpointing import checkpoint_layers
 from toolkit.lm.continuous import ECGAdapter, fitted
 from toolkit.lm.flops import row_flops
-from toolkit.lm.lora import add_lora, save_adapter, unmoved
+from toolkit.lm.lora import add_lora, save_adapter
 from toolkit.lm.model import PackedLM
 from toolkit.lm.quantize import check_nf4, load_nf4
 from toolkit.lm.trainable import ecg_rows
 from toolkit.lm.vocabulary import ecg_vocabulary
-from toolkit.shards.order import spaced
 from toolkit.shards.reader import Shards
 from toolkit.shown import Shown
 from toolkit.tasks.instruct import TaskData
 from toolkit.tasks.mixture import TEXT, parse_mixture, read_text
-from toolkit.tasks.prompts import Prompts, Style, question_text, reference_text
+from toolkit.tasks.prompts import Prompts, Style
 from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.tokenizer.features import ECGFeatures
 from toolkit.training import ds_config
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
-from toolkit.training.distributed import launcher, start, sum_over_ranks, wants_bf16
+from toolkit.training.distributed import launcher, start, wants_bf16
 from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, check_patients, open_shards
+from toolkit.training.tuning import check_lora, exact_match, questions_of, shown
 from toolkit.training.untrained import prepare_backbone
 from toolkit.training.validation import mean_loss
 from toolkit.training.zero3 import place_backbone, whole_state
-
-SHOWN, WATCHED = 160, 48  # most tokens of an answer that is shown, and of one that is judged by exact match
 
 
 @dataclass(kw_only=True)
@@ -120,49 +115,20 @@ def main() -> None:
     data = TaskData(shards, tokenizer, vocabulary, prompts, args.seed, args.tasks_per_ecg, mixture, text, context, features and features.of)
     known = tuple(replace(share, weight=None) for share in mixture if share.name != TEXT)
     valid = TaskData(valid_shards, tokenizer, vocabulary, prompts, mixture=known, context=context, features=features and features.of)
-    watched = questions_of(valid, args.max_eval_answers)
+    watched, how_asked = questions_of(valid, args.max_eval_answers), (tokenizer, vocabulary, prompts)
 
     def loss(engine, row):
         return engine(row)
 
     def evaluate(engine) -> dict:
         found = {"eval_loss": mean_loss(engine, valid, loss, ranks, args.max_eval_samples, args.per_device_train_batch_size)}
-        return found | exact_match(engine)
-
-    def exact_match(engine) -> dict:
-        """Of all watched questions and of each type."""
-        if not watched:
-            return {}
-        # under ZeRO-3 every forward is a collective, and answers differ in length: there each rank answers all
-        spread = engine.zero_optimization_stage() < 3
-        mine = watched[ranks.rank :: ranks.world] if spread else watched
-        with attention.plain_attention(engine.module.lm) as plain:
-            parts = [answer_rows(plain, tokenizer, vocabulary, prompts, mine, WATCHED, ranks.device, engine.module.adapter, None if spread else agree)]
-        if spread:
-            own, parts = parts[0], [None] * ranks.world
-            dist.all_gather_object(parts, own)
-        scores = metrics.exact_match([row for part in parts for row in part])
-        return {"eval_exact_match": scores.pop("overall"), **{f"eval_exact_match/{kind}": score for kind, score in scores.items() if score is not None}}
-
-    def agree(tokens: torch.Tensor) -> torch.Tensor:
-        """Rank 0's: where two words are equally likely another GPU may choose the other one."""
-        dist.broadcast(tokens, 0)
-        return tokens
+        return found | (exact_match(engine, how_asked, watched, ranks) if watched else {})
 
     def show(engine) -> Shown:
-        samples = [valid.sample(i) for i in valid.firsts]
-        with attention.plain_attention(engine.module.lm) as plain:
-            answers = answer_tasks(plain, tokenizer, vocabulary, prompts, samples, SHOWN, ranks.device, engine.module.adapter, agree)
-        pairs = [(task, given) for (*_, tasks), some in zip(samples, answers) for task, given in zip(tasks, some)]
-        return Shown(texts={"samples": "\n\n".join(f"{question_text(task)} {given} (reference: {reference_text(task)})" for task, given in pairs)})
+        return shown(engine, how_asked, [valid.sample(i) for i in valid.firsts], ranks)
 
     def check(module) -> None:
-        still = set(unmoved(module.lm))
-        names = [name for name, _ in module.lm.named_parameters() if "lora_B" in name]
-        held = sum_over_ranks([name in still for name in names], ranks.device)
-        stuck = [name for name, count in zip(names, held) if count == ranks.world]
-        if stuck:
-            raise RuntimeError(f"after the first step {len(stuck)} of {len(names)} LoRA weights are still zero, so nothing trains them: {stuck[0]}, ...")
+        check_lora(module, ranks)
 
     def export(module, folder: Path) -> None:
         state = whole_state(module.lm, ranks, trained_only=True)
@@ -183,13 +149,6 @@ def main() -> None:
     train(args, job, ranks, "instruct")
     if ranks.main and (data.cut or data.left_out):
         print(f"on rank 0 {data.cut} answers were cut to the backbone's context of {context} tokens, {data.left_out} tasks left out that have no room in it")
-
-
-def questions_of(data: TaskData, limit: int) -> list[Sample]:
-    """Questions of at most `limit` ECGs that have any, evenly spaced."""
-    asked = [i for i in range(len(data) if limit else 0) if any(task["task"] == "ecgqa" for task in data.tasks(i))]
-    samples = [data.sample(asked[i]) for i in spaced(len(asked), limit)]
-    return [(codes, meta, [task for task in tasks if task["task"] == "ecgqa"]) for codes, meta, tasks in samples]
 
 
 def continuous_input(shards: list[Shards], model, vocabulary: ECGVocabulary) -> tuple[ECGFeatures, ECGAdapter]:

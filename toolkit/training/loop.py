@@ -77,6 +77,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     if log and source:
         tqdm.write(f"MFU is the share of {peak / 1e12:.3g} TFLOPS per rank ({source})")
     interval, in_a_row, saved = Interval(ranks.device, ranks.world, peak), 0, first
+    unchecked = first == 0 and job.check is not None
 
     for step in range(first, first if state.get("stopped") else run.last):
         profiler.step(step)
@@ -94,8 +95,9 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
         taken = take_step(engine, job.loss, micro, max(targets, 1), ranks, job.data, samples, (args.seed, step))
         seconds = time.perf_counter() - started
         interval.add(taken.loss, targets, tokens, ecgs, flops, seconds, waited)
-        if step == 0 and taken.applied and job.check:
+        if unchecked and taken.applied and targets:
             job.check(engine.module)
+            unchecked = False
         in_a_row = in_a_row + 1 if taken.keys else 0
         done = step + 1
         state = {**state, "step": done, "samples": state["samples"] + run.config["train_batch_size"] * job.data.samples_per_row,

@@ -1,5 +1,6 @@
 """Mean loss on a fixed set, the same for any number of ranks."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from toolkit.training.distributed import Ranks, sum_over_ranks
 
 @torch.no_grad()
 def mean_loss(engine, data: Data, loss: Callable, ranks: Ranks, limit: int, batch_size: int) -> float:
-    """Summed loss over the `limit` evenly spaced ECGs of `data`, divided by its targets; collective."""
+    """Summed loss over the `limit` evenly spaced ECGs of `data`, divided by its targets (NaN if there is none); collective."""
     chosen = spaced(len(data), limit)
     mine, most = chosen[ranks.rank :: ranks.world], -(-len(chosen) // ranks.world)
     summed, targets = 0.0, 0
@@ -21,4 +22,4 @@ def mean_loss(engine, data: Data, loss: Callable, ranks: Ranks, limit: int, batc
         if part:
             summed, targets = summed + value, targets + batch.targets
     summed, targets = sum_over_ranks([summed, targets], ranks.device)
-    return summed / targets
+    return summed / targets if targets else math.nan
