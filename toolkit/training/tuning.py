@@ -14,7 +14,7 @@ from toolkit.tasks.prompts import Prompts, question_text, reference_text
 from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.training.distributed import Ranks, sum_over_ranks
 
-WATCHED, SHOWN = 48, 160  # most tokens of an answer that is judged by exact match, and of one that is shown
+WATCHED, SHOWN = 48, 64  # most tokens of an answer that is judged by exact match, and of one that is shown
 
 Asked = tuple[object, ECGVocabulary, Prompts]  # tokenizer, where the ECG tokens are, how questions are put
 
@@ -41,9 +41,12 @@ def exact_match(engine, how: Asked, samples: list[Sample], ranks: Ranks) -> dict
 
 
 def shown(engine, how: Asked, samples: list[Sample], ranks: Ranks) -> Shown:
-    """Collective. Answers beside their references, for TensorBoard."""
+    """Answers beside their references, for TensorBoard, on rank 0; collective under ZeRO-3."""
+    together = engine.zero_optimization_stage() == 3
+    if not (ranks.main or together):
+        return Shown()
     with plain_attention(engine.module.lm) as plain:
-        answers = answer_tasks(plain, *how, samples, SHOWN, ranks.device, engine.module.adapter, _rank_0s)
+        answers = answer_tasks(plain, *how, samples, SHOWN, ranks.device, engine.module.adapter, _rank_0s if together else None)
     pairs = [(task, given) for (*_, tasks), some in zip(samples, answers) for task, given in zip(tasks, some)]
     return Shown(texts={"samples": "\n\n".join(f"{question_text(task)} {given} (reference: {reference_text(task)})" for task, given in pairs)})
 
