@@ -102,7 +102,7 @@ def test_answers_beyond_the_context_are_cut_or_left_out(folders, fork, tmp_path)
         "per_device_train_batch_size": 4, "precision": "fp32", "tasks": "comparison_consecutive-verify", "max_eval_answers": 1,
     }  # fmt: skip
     words = [word for flag, value in given.items() for word in (f"--{flag}", value)]
-    run = fork(1, words, tmp_path / "log", before=["instruct.SHOWN = instruct.WATCHED = 2"], launcher="instruct")
+    run = fork(1, words, tmp_path / "log", before=["import toolkit.training.tuning as tuning; tuning.SHOWN = tuning.WATCHED = 2"], launcher="instruct")
     assert run.wait() == [0], run.text()[-4000:]
     assert f"12 answers were cut to the backbone's context of {whole - 1} tokens, 0 tasks left out" in run.text().splitlines()[-1]
 

@@ -19,7 +19,7 @@ STEPS, ECGS = 12, 4  # of a run, and in a step
 # all that draws: a part of the questions of an ECG, dropout; with validations between, of which the best is kept
 DRAWN = {"tasks_per_ecg": 2, "lora_dropout": 0.1, "eval_steps": 3, "save_steps": 5, "max_eval_answers": 4, "max_eval_samples": 6}
 # an untrained model does not end its answers: few tokens, since ZeRO-3 gathers every weight for each
-SHORT = "instruct.SHOWN = instruct.WATCHED = 4"
+SHORT = "import toolkit.training.tuning as tuning; tuning.SHOWN = tuning.WATCHED = 4"
 # after the run: the logits of an ECG, a pair and a piece of text from the engine itself, on all ranks, since under ZeRO-3 each forward gathers
 KEEP_LOGITS = """
 import torch
