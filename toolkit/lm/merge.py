@@ -8,6 +8,7 @@
 
 import argparse
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--adapter: {args.adapter} was tuned with --ecg_input continuous, which a plain Hugging Face model cannot hold; use it as it is")
     print(f"merging {args.adapter} into {backbone_of(args.adapter, '--adapter')}", flush=True)
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
     model, tokenizer = load_merged(args.adapter, torch.float32, "--adapter")
     model.to(PRECISIONS[args.precision])
     with new_folder(args.out) as folder:

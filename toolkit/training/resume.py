@@ -20,7 +20,8 @@ FREE = {
     "output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "keep_every", "max_skipped", "profile",
     "max_steps", "num_train_epochs", "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "kernels", "compile",
-    "max_eval_answers", "shards", "manifest", "text",  # their digests are in the identity
+    "max_eval_answers",
+    "shards", "manifest", "text",  # their digests are in the identity
 }  # fmt: skip
 LAYOUT = ("round_robin_gradients", "sub_group_size", "zero_hpz_partition_size", "mics_shard_size")  # keys that decide what stands where in a checkpoint
 
