@@ -5,8 +5,9 @@
     python benchmarks/ablations.py --out runs/ablations              # complete: prints the table alone
 
 PTB-XL (part) and the questions derived from its labels in ../shared/data: folds 1-8 to train, fold 9 to judge. Every run is a launcher with a recipe of
-recipes/ablations/, `tiny` on two ranks. The tokenizer and the shards are the same for all, trained on folds 1-8 alone. The same seed gives the model the
-same first weights, the same words and the same order of the data in all variants. `tiny` never saw text: all of them learn their words in tuning.
+recipes/ablations/, `tiny` on one rank, and as many of them run at a time as there are cores: on two, 1.5 times the ECGs a second of two ranks. The tokenizer
+and the shards are the same for all, trained on folds 1-8 alone. The same seed gives the model the same first weights, the same words and the same order of
+the data in all variants. `tiny` never saw text: it learns its words from the reports in pretraining and in tuning.
 
 The score of a question is the mean over seeds of its exact match; intervals are 95 %, over patients (toolkit/evaluation/statistics.py). They speak of other
 patients, not of other seeds: the lowest and highest seed stand beside them.
@@ -17,13 +18,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder has a sharding.py and a tokenizer.py too
 
-from benchmarks.turns import RANKS, ROOT, launch
+from benchmarks.turns import ROOT, launch
 from toolkit.evaluation.blind import fit, predict
 from toolkit.evaluation.metrics import is_correct
 from toolkit.evaluation.statistics import patient_bootstrap
@@ -31,6 +34,7 @@ from toolkit.shards.reader import Shards
 from toolkit.tasks.prompts import reference_text
 
 REAL = Path(os.environ.get("ECG_DATA", ROOT.parent / "shared" / "data"))
+RECIPES = ROOT / "recipes" / "ablations"
 VARIANTS = {  # name -> (recipe of pretraining, recipe of tuning, what it is compared with)
     "reference": ("pretrain-causal", "reference", None),
     "windows": ("pretrain-windows", "reference", "reference"),
@@ -53,18 +57,34 @@ def prepare(out: Path) -> None:
     module("sharding.shard_tasks", "ecgqa", "--qa", REAL / "ecgqa" / "ptbxl" / "derived", "--shards", out / "shards", "--out", out / "tasks")
 
 
-def run(out: Path, variant: str, seed: int) -> None:
-    """Pretraining (shared by variants of the same), tuning and judgement of one variant."""
-    pretrain, tune, _ = VARIANTS[variant]
-    recipes, words = ROOT / "recipes" / "ablations", ["--seed", seed]
+def pretrain(out: Path, recipe: str, seed: int) -> None:
+    """A backbone; variants of the same recipe share it."""
+    backbone = out / f"{recipe}-{seed}"
+    if not (backbone / "train_results.json").is_file():
+        launch(["launchers/pretrain.py", "--recipe", RECIPES / f"{recipe}.yaml", "--seed", seed, "--shards", out / "shards", "--output_dir", backbone], ranks=1)
+
+
+def tune(out: Path, variant: str, seed: int) -> None:
+    """Tuning and judgement of one variant."""
+    recipe, tuning, _ = VARIANTS[variant]
     tuned = out / f"{variant}-{seed}"
-    if (tuned / "judged" / "metrics.json").is_file():
-        return
-    backbone = out / f"{pretrain}-{seed}"
-    launch(["launchers/pretrain.py", "--recipe", recipes / f"{pretrain}.yaml", *words, "--shards", out / "shards", "--output_dir", backbone])
-    words += ["--backbone", backbone, "--shards", out / "tasks"]
-    launch(["launchers/instruct.py", "--recipe", recipes / f"{tune}.yaml", *words, "--output_dir", tuned])
-    launch(["launchers/evaluate.py", "--model", tuned, "--shards", out / "tasks", "--split", SPLIT, "--output_dir", tuned / "judged", "--max_new_tokens", 24])
+    if not (tuned / "train_results.json").is_file():
+        launch(["launchers/instruct.py", "--recipe", RECIPES / f"{tuning}.yaml", "--seed", seed, "--backbone", out / f"{recipe}-{seed}",
+                "--shards", out / "tasks", "--output_dir", tuned], ranks=1)  # fmt: skip
+    if not (tuned / "judged" / "metrics.json").is_file():
+        launch(["launchers/evaluate.py", "--model", tuned, "--shards", out / "tasks", "--split", SPLIT, "--output_dir", tuned / "judged",
+                "--max_new_tokens", 24], ranks=1)  # fmt: skip
+
+
+def at_once(what: str, run, jobs: list[tuple], workers: int) -> None:
+    """run(*job) for all jobs, `workers` at a time; the first that fails ends it."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(run, *job) for job in jobs]
+        try:
+            for future in tqdm(as_completed(futures), what, len(jobs), unit="run"):
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def module(name: str, *words) -> None:
@@ -119,16 +139,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablations", help="folder of all runs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core, %(default)s)")
     args = parser.parse_args()
     if not (REAL / "ptbxl").is_dir():
         parser.error(f"{REAL} has no ptbxl/: set ECG_DATA to the folder of real ECGs")
     args.out.mkdir(parents=True, exist_ok=True)
     out = args.out.resolve()
     prepare(out)
-    for seed in args.seeds:
-        for variant in args.variants:
-            print(f"{variant}, seed {seed}, {RANKS} ranks", flush=True)
-            run(out, variant, seed)
+    recipes = dict.fromkeys(VARIANTS[variant][0] for variant in args.variants)
+    at_once("pretraining", pretrain, [(out, recipe, seed) for seed in args.seeds for recipe in recipes], args.jobs)
+    at_once("tuning", tune, [(out, variant, seed) for seed in args.seeds for variant in args.variants], args.jobs)
     text = table(out, args.variants, args.seeds)
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}")

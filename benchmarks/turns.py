@@ -119,14 +119,14 @@ def words_of(values: dict) -> list[str]:
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def launch(words: list) -> None:
-    """Run a script on RANKS ranks through the deepspeed launcher; its output is shown only if it fails."""
+def launch(words: list, ranks: int = RANKS) -> None:
+    """Run a script on so many ranks through the deepspeed launcher; its output is shown only if it fails."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
-    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", RANKS, "--master_port", port, *words]
+    command = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", ranks, "--master_port", port, *words]
     done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout[-6000:]}\nfailed with exit code {done.returncode}: {' '.join(map(str, words))}")
