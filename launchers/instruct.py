@@ -37,7 +37,7 @@ from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.tokenizer.features import ECGFeatures
 from toolkit.training import ds_config
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
-from toolkit.training.distributed import launcher, start, wants_bf16
+from toolkit.training.distributed import launcher, start, sum_over_ranks, wants_bf16
 from toolkit.training.loop import Job, train
 from toolkit.training.shards import TrainingShardArguments, check_patients, open_shards
 from toolkit.training.tuning import check_lora, exact_match, questions_of, shown
@@ -147,8 +147,9 @@ def main() -> None:
     job = Job(PackedLM(lm, how, adapter=adapter), data, loss, evaluate, export, identity, show, row_flops(lm), hidden_size,
               watch="eval_exact_match" if watched else "eval_loss", keep_last=True, check=check)  # fmt: skip
     train(args, job, ranks, "instruct")
-    if ranks.main and (data.cut or data.left_out):
-        print(f"on rank 0 {data.cut} answers were cut to the backbone's context of {context} tokens, {data.left_out} tasks left out that have no room in it")
+    cut, left_out = map(int, sum_over_ranks([data.cut, data.left_out], ranks.device))
+    if ranks.main and (cut or left_out):
+        print(f"{cut} answers were cut to the backbone's context of {context} tokens, {left_out} tasks left out that have no room in it")
 
 
 def continuous_input(shards: list[Shards], model, vocabulary: ECGVocabulary) -> tuple[ECGFeatures, ECGAdapter]:

@@ -102,6 +102,18 @@ def test_all_tasks_share_one_prefix(tokenizers, tiny, how):
     assert [tokenizer.decode(branch.ids[branch.target]).strip()[:3] for branch in group.branches] == ["yes", "nor", "sin"]
 
 
+@pytest.mark.parametrize("how", ["ecg_first", "paper", "chatml"])
+def test_special_tokens_named_in_a_dataset_are_words(tokenizers, tiny, how):
+    tokenizer = tokenizers["bos"]
+    tokenizer.chat_template = CHATS.get(how)
+    named = {"task": "ecgqa", "question": "Is <|ecg_0007|> in <|ecg_end|> or <b> [V1]?", "answer": ["<|end_of_text|>"]}
+    how_asked = tokenizer, tiny[2], Prompts("chat" if how in CHATS else how), codes(1), META
+    (read, _), (plain, _) = (next(whole(group)) for task in (named, VERIFY) for group in task_groups(*how_asked, [task]))
+    special = tokenizer.all_special_ids
+    assert [id for id in read if id in special] == [id for id in plain if id in special]
+    assert "Is < |ecg_0007|> in < |ecg_end|> or <b> [V1]?" in tokenizer.decode(read)
+
+
 @pytest.mark.parametrize("style", ["ecg_first", "paper"])
 def test_age_and_sex_are_all_that_is_said_of_a_patient(tokenizers, tiny, style):
     groups = task_groups(tokenizers["bos"], tiny[2], Prompts(style, background=True), codes(2), META, [VERIFY, REPORT])

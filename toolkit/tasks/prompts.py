@@ -6,6 +6,7 @@ paper       as the authors' release puts it (model/heartllm.py): instructions an
             and "<|end_prompt|>" are no tokens there either, and fall into pieces; the space between its start token and the ECG is left out
 """
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -25,6 +26,7 @@ PAPER_QUESTION = (
 PAPER_REPORT = (
     "<|start_prompt|>Task description: Based on the given ECG signal embeddings, generate a ECG diagnostic report.Background:{background} <|end_prompt|>"
 )
+NAME = re.compile(r"[<\[][^<>\[\]\s]+[>\]]")  # as special tokens are named: <|ecg_end|>, </s>, [INST]
 HERE = "[[ECG]]"  # where the ECGs go in a rendered chat
 # Llama 3's templates say today's date: a run would go on with, and be judged by, other prompts than it began with
 NO_DATE = "{%- macro strftime_now(format) -%}01 Jan 2026{%- endmacro -%}"
@@ -75,6 +77,7 @@ def shared_ids(tokenizer, vocabulary: ECGVocabulary, prompts: Prompts, codes: np
 
 def prompt_ids(tokenizer, vocabulary: ECGVocabulary, prompts: Prompts, codes: np.ndarray, meta: dict, task: dict) -> np.ndarray:
     """int64 [n]: what stands between `shared_ids` and the answer. Tokenised apart from the answer, so that training and generation see the same tokens."""
+    task = {key: _plain(tokenizer, value) if key == "question" else value for key, value in task.items()}
     if prompts.style == "ecg_first":
         ids = _text_ids(tokenizer, "\n" + question_text(task))
     elif prompts.style == "chat":
@@ -87,7 +90,7 @@ def prompt_ids(tokenizer, vocabulary: ECGVocabulary, prompts: Prompts, codes: np
 
 def answer_ids(tokenizer, prompts: Prompts, task: dict) -> np.ndarray:
     """int64 [n]: the answer and the token that ends it."""
-    text = (" " if prompts.style == "ecg_first" else "") + reference_text(task)
+    text = (" " if prompts.style == "ecg_first" else "") + _plain(tokenizer, reference_text(task))
     return np.array([*_text_ids(tokenizer, text), end_id(tokenizer, prompts)], np.int64)
 
 
@@ -165,6 +168,11 @@ def forecast_group(tokenizer, vocabulary: ECGVocabulary, codes: np.ndarray, gain
 
 def _bos(tokenizer) -> list[int]:
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def _plain(tokenizer, text: str) -> str:
+    """A dataset's own words, in which the name of a special token is no token: "<|ecg_end|>" would end the ECG, and becomes "< |ecg_end|>"."""
+    return NAME.sub(lambda name: name[0][0] + " " + name[0][1:] if name[0] in tokenizer.added_tokens_encoder else name[0], text)
 
 
 def _text_ids(tokenizer, text: str) -> list[int]:
