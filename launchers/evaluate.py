@@ -37,12 +37,14 @@ from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start
 from toolkit.training.shards import ShardArguments, open_shards
 
 CARDS = 12  # ECGs drawn in the report
+SHOWN = ("BLEU-1", "bleu_1"), ("BLEU-4", "bleu_4"), ("ROUGE-L", "rouge_l")
 KEPT = ("id", "task", "question_type", "attribute_type", "template_id", "question")
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ShardArguments, LaunchArguments):
-    model: str = arg("Folder written by launchers/instruct.py (an adapter) or launchers/pretrain.py (a model).")
+    output_dir: str = arg("Folder of the results: metrics.json, predictions.jsonl, report.html. A folder that holds the same judgement is left as it is.")
+    model: str = arg("Folder written by launchers/instruct.py (an adapter), launchers/pretrain.py or `python -m toolkit.lm.merge` (a model).")
     shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     split: Literal["train", "valid", "test"] = arg("Split to judge. The blind baseline is always fitted on train.", "test")
     per_device_eval_batch_size: int = arg("ECGs (with all their questions) per rank and batch.", 8)
@@ -79,6 +81,8 @@ def main() -> None:
         write_text(folder / "metrics.json", json.dumps({**scores, "run": info, "made": made}, indent=2))  # last: it says that all is there
         for line in summary(scores):
             print(line)
+        if empty := sum(not row["prediction"].strip() for row in rows):
+            print(f"{empty} of {len(rows)} answers are empty: they count as wrong")
         print(f"report: {(folder / 'report.html').resolve()}")
 
 
@@ -146,7 +150,8 @@ def judge(rows: list[dict], patients: list[str]) -> dict:
 
 
 def summary(scores: dict) -> list[str]:
-    """A line for each question type that was asked: exact match, the blind baseline's, and the difference with its 95 % interval over patients."""
+    """A line for each question type that was asked: exact match, the blind baseline's, and the difference with its 95 % interval over patients; and of
+    reports three scores and the baseline's."""
     lines = []
     for kind, over in scores["over_blind"].items():
         if over["n"]:
@@ -154,6 +159,9 @@ def summary(scores: dict) -> list[str]:
             difference, *interval = (f"{round(100 * over[name], 1) + 0.0:+.1f}" for name in ("difference", "low", "high") if over[name] is not None)
             between = f" ({' to '.join(interval)})" if interval else ""
             lines.append(f"{kind:>28}: exact match {model}   blind {blind_too}   difference {difference}{between}")
+    if scores["report"]["n"]:
+        said = (f"{name} {100 * scores['report'][key]:5.1f} (blind {100 * scores['blind']['report'][key]:.1f})" for name, key in SHOWN)
+        lines.append(f"{'reports':>28}: {'   '.join(said)}")
     return lines
 
 

@@ -3,7 +3,7 @@
 deepspeed launchers/instruct.py --deepspeed ds_configs/zero2.json --backbone runs/demo/pretrain --shards runs/demo/tasks --output_dir runs/demo/instruct
 
 The output folder is a PEFT adapter: `PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BACKBONE), "runs/demo/instruct")`.
-With --eval_steps it is the one with the best exact match (without questions: the lowest loss) of all validations, and last/ in it the last one.
+With --eval_steps it is the one with the best exact match of all validations (of equal ones, and without questions: the lowest loss), and last/ the last.
 """
 
 import sys
@@ -39,7 +39,7 @@ from toolkit.training import ds_config
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
 from toolkit.training.distributed import launcher, start, sum_over_ranks, wants_bf16
 from toolkit.training.loop import Job, train
-from toolkit.training.shards import TrainingShardArguments, check_patients, open_shards
+from toolkit.training.shards import TrainingShardArguments, check_together, open_shards
 from toolkit.training.tuning import check_lora, exact_match, questions_of, shown
 from toolkit.training.untrained import prepare_backbone
 from toolkit.training.validation import mean_loss
@@ -61,7 +61,7 @@ class InstructArguments(TrainingShardArguments, LanguageModelArguments):
     )  # fmt: skip
     tasks: str = arg(
         "What is tuned on: all, ecgqa, report, a question type, or a mixture with shares of the samples such as ecgqa:0.7,report:0.3 or all:0.9,text:0.1."
-        " A sample is an ECG with all its tasks of that kind.", "all"
+        " Shares need not sum to 1. A sample is an ECG with all its tasks of that kind.", "all"
     )  # fmt: skip
     text: str | None = arg(
         'Text to replay against forgetting, in samples of 256 tokens: a .jsonl file of {"text": ...}, or any other with empty lines between documents.', None
@@ -86,7 +86,7 @@ def main() -> None:
     mixture = parse_mixture(args.tasks)
     folders = [open_shards(replace(args, shards=folder), ["train", "valid"], "tasks") for folder in args.shards]
     shards, valid_shards = ([both[part] for both, _ in folders] for part in (0, 1))
-    check_patients(shards, valid_shards)
+    check_together(shards, valid_shards)
     ranks = start()
     backbone, stamp = prepare_backbone(args.backbone, args.output_dir, shards, args.seed, ranks)
     if args.quantize == "nf4":
@@ -113,6 +113,8 @@ def main() -> None:
     context = getattr(model.config, "max_position_embeddings", None)
     text = read_text(args.text, tokenizer) if args.text else None
     data = TaskData(shards, tokenizer, vocabulary, prompts, args.seed, args.tasks_per_ecg, mixture, text, context, features and features.of)
+    if ranks.main and data.shares:
+        print(f"an epoch is {len(data)} samples: {data.shares}", flush=True)
     known = tuple(replace(share, weight=None) for share in mixture if share.name != TEXT)
     valid = TaskData(valid_shards, tokenizer, vocabulary, prompts, mixture=known, context=context, features=features and features.of)
     watched, how_asked = questions_of(valid, args.max_eval_answers), (tokenizer, vocabulary, prompts)

@@ -123,7 +123,7 @@ def main() -> None:
             module.save_pretrained(folder)
 
     identity = {"manifest digest": read_summary(args.manifest)["digest"], "autocast": bf16}
-    train(args, Job(model, splits["train"], loss, evaluate, export, identity, bf16=False, watch="eval_mse"), ranks, "tokenizer")
+    train(args, Job(model, splits["train"], loss, evaluate, export, identity, bf16=False, watch="eval_mse"), ranks, "train_tokenizer")
 
 
 if __name__ == "__main__":

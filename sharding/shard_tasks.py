@@ -38,8 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shards", required=True, type=Path, help="token shards written by `python -m sharding.shard`")
     parser.add_argument("--out", required=True, type=Path, help="folder for the task shards; tasks of the other kind that it holds are kept")
     args = parser.parse_args(argv)
-    if (args.kind == "reports") != (args.qa is None):
-        raise UserError("--qa: goes with `ecgqa` and `heartllm`, and only with them")
+    if args.kind == "reports" and args.qa:
+        raise UserError("--qa: reports come from the shards' manifest; leave it out, or say `ecgqa` or `heartllm`")
+    if args.kind != "reports" and not args.qa:
+        raise UserError(f"--qa: `{args.kind}` needs it: {'a folder of ECG-QA 1.0.2 json files' if args.kind == 'ecgqa' else 'json files'}")
     if args.kind == "ecgqa" and len(args.qa) > 1:
         raise UserError("--qa: one folder, please; every json file below it is read")
     index = read_index(args.shards)

@@ -36,6 +36,9 @@ def test_places_that_cannot_be_written_name_the_argument(tmp_path):
         pass
     with pytest.raises(UserError, match="--output_dir .* cannot be written"):
         run_folder(tmp_path / "file")
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(UserError, match="--output_dir .* holds shards"):
+        run_folder(tmp_path)
 
 
 def test_write_text_leaves_one_file(tmp_path):

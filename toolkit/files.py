@@ -42,8 +42,10 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def run_folder(path: str | Path) -> Path:
-    """The folder of a run, made if it is not there. Raises UserError naming --output_dir if it cannot be written."""
+    """The folder of a run, made if it is not there. Raises UserError naming --output_dir if it cannot be written, or holds shards."""
     folder = Path(path)
+    if (folder / "index.json").exists():
+        raise UserError(f"--output_dir {folder} holds shards; name a new folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -230,7 +230,7 @@ def test_sharding_names_the_argument_and_leaves_nothing(line, tmp_path):
 
     with pytest.raises(UserError, match="--qa: no .json files"):
         tasks("ecgqa", "--qa", tmp_path, "--shards", line / "shards", "--out", tmp_path / "t")
-    with pytest.raises(UserError, match="--qa: goes with"):
+    with pytest.raises(UserError, match="--qa: reports come from"):
         tasks("ecgqa", "--shards", line / "shards", "--out", tmp_path / "t")
     shutil.copytree(line / "shards", tmp_path / "other")
     text = (tmp_path / "other" / "index.json").read_text()

@@ -107,10 +107,10 @@ def rows(**changes):
 
 def test_ecgqa_rows_become_tasks(tmp_path):
     (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "00000.json").write_text(json.dumps(rows() + rows(sample_id=8, ecg_id=[3, 4], attribute=None)))
+    (tmp_path / "train" / "00000.json").write_text(json.dumps(rows() + rows(sample_id=8, ecg_id=[3, 4], attribute=None, answer=[" ", ""])))
     first, second = read_ecgqa(tmp_path)
     assert (first["id"], first["answer"], first["ecg_ids"]) == ("train-7", ["a", "b"], ("12",))
-    assert second["ecg_ids"] == ("3", "4") and second["attribute"] is None
+    assert second["ecg_ids"] == ("3", "4") and second["attribute"] is None and second["answer"] == []  # so it will be left out
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ def folders(task_corpus, tmp_path_factory):
 
 
 MISTAKES = [
-    ("--shards {other}", "--backbone: .*known was trained on tokens of ECG tokenizer 0{16}, the shards hold 1{16}"),
-    ("--shards {tasks} {other}", "--backbone: .* the shards hold 1{16}|--shards: 6 patients"),
+    ("--shards {other}", "--shards: they hold tokens of ECG tokenizer 1{16}, --backbone .*known was trained on those of 0{16}"),
+    ("--shards {tasks} {other}", "--shards: the folders hold tokens of 2 ECG tokenizers \\(0{16}, 1{16}, in their order"),
     ("--shards {tasks} {mixed}", "--shards: 6 patients of valid in .*tasks are in train of .*mixed"),
     ("--tasks ecgqa:x,report:1", "--tasks: 'ecgqa:x' is no NAME or NAME:WEIGHT"),
     ("--tasks ecgqa:-1,report:1", "--tasks: 'ecgqa:-1' is no NAME"),

@@ -13,7 +13,7 @@ from toolkit.training.arguments import TrainingArguments, parse
 from toolkit.training.batches import prefetch
 from toolkit.training.distributed import Ranks
 from toolkit.training.engine import _seed_dropout, learning_rate
-from toolkit.training.resume import batch_split
+from toolkit.training.resume import batch_split, find_run
 
 
 def arguments(**changes):
@@ -116,17 +116,28 @@ def test_an_unknown_argument_exits_with_2(capsys):
     assert exit.value.code == 2 and "--learning_rat" in capsys.readouterr().err
 
 
-def test_a_pointer_that_leads_nowhere_is_named(tmp_path):
-    alone, folder = Ranks(0, 1, torch.device("cpu")), tmp_path / "run"
+@pytest.fixture
+def alone(tmp_path):
+    """One rank, in this process."""
     alone_already = dist.is_initialized()  # a launcher's main() that another test called
     if not alone_already:
         dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    try:
-        assert checkpoint.newest(folder, alone) is None
-        folder.mkdir()
-        (folder / "latest").write_text("checkpoint-7")
-        with pytest.raises(UserError, match="latest points to nothing: no checkpoint is left"):
-            checkpoint.newest(folder, alone)
-    finally:
-        if not alone_already:
-            dist.destroy_process_group()
+    yield Ranks(0, 1, torch.device("cpu"))
+    if not alone_already:
+        dist.destroy_process_group()
+
+
+def test_a_pointer_that_leads_nowhere_is_named(alone, tmp_path):
+    folder = tmp_path / "run"
+    assert checkpoint.newest(folder, alone) is None
+    folder.mkdir()
+    (folder / "latest").write_text("checkpoint-7")
+    with pytest.raises(UserError, match="latest points to nothing: no checkpoint is left"):
+        checkpoint.newest(folder, alone)
+
+
+@pytest.mark.parametrize(("identity", "message"), [({"trainer": "pretrain"}, "holds a run of pretrain, not of instruct"), ({}, "of an older version")])
+def test_a_folder_of_another_trainer_is_named(alone, tmp_path, identity, message):
+    (tmp_path / "train_results.json").write_text(json.dumps({"steps": 1, "identity": identity, "batch": {"rows": 1, "asked": [1, 1]}}))
+    with pytest.raises(UserError, match=f"--output_dir: .* {message}"):
+        find_run(arguments(output_dir=str(tmp_path)), alone, "instruct", 10, 1, {}, False, None)

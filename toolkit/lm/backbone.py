@@ -141,7 +141,7 @@ def check_stamp(folder: str | Path, index: dict, flag: str) -> dict:
         raise UserError(f"{flag}: {path} is damaged; make the model again") from None
     if known[0] != index["tokenizer"]:
         raise UserError(
-            f"{flag}: {folder} was trained on tokens of ECG tokenizer {stamp['tokenizer']}, the shards hold {index['tokenizer']};"
-            " use the shards it was trained with"
+            f"--shards: they hold tokens of ECG tokenizer {index['tokenizer']}, {flag} {folder} was trained on those of {stamp['tokenizer']};"
+            " name shards that were made with that one"
         )
     return stamp

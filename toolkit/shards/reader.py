@@ -99,7 +99,7 @@ class Shards:
         if kind not in (None, index["kind"]):
             raise UserError(f"{flag}: {where} holds {index['kind']}, not {kind}; name the output of `python -m {MAKERS[kind]}`")
         if split not in index["splits"] or not index["splits"][split]["samples"]:
-            raise UserError(f"{flag}: {where} has no samples in split {split!r}; it has {_sizes(index)}")
+            raise UserError(f"{flag}: {where} has no samples in split {split!r}; it has {_sizes(index)}: make it from more records")
         entry = index["splits"][split]
         rows = _read_rows(folder, split, entry, mirror, flag)
         if mirror:

@@ -42,15 +42,15 @@ def json_files(root: Path) -> list[Path]:
 
 
 def json_rows(file: Path) -> list[dict]:
-    """The rows of a JSON file; none if it holds an object. Raises UserError naming the file."""
+    """The rows of a JSON file; none if it holds an object. Raises UserError naming --qa and the file."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
-        raise UserError(f"{file} is no list of ECG-QA rows ({first_line(error)}): download it again") from None
+        raise UserError(f"--qa: {file} is no list of ECG-QA rows ({first_line(error)}): download it again") from None
     if isinstance(rows, dict):
         return []
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{file} is no list of ECG-QA rows: it must be a JSON list of objects")
+        raise UserError(f"--qa: {file} is no list of ECG-QA rows: it must be a JSON list of objects")
     return rows
 
 
@@ -67,7 +67,7 @@ def question_task(row: dict, id: str, where: str) -> dict:
         "id": id,
         "task": "ecgqa",
         **{name: row[name] for name in ("question_type", "attribute_type", "template_id", "question")},
-        "answer": sorted(map(str, row["answer"])),
+        "answer": sorted(answer for answer in map(str, row["answer"]) if answer.strip()),
         "attribute": row.get("attribute"),
         "ecg_ids": tuple(map(str, row["ecg_id"])),
     }

@@ -73,6 +73,11 @@ class TaskData:
         """The first index of each share."""
         return self._offsets[:-1]
 
+    @property
+    def shares(self) -> str:
+        """How many of the samples are of which share, in words; of a mixture without weights nothing."""
+        return ", ".join(f"{share.name} {100 * count / BLOCK:g} %" for share, count in zip(self.mixture, self._counts or ()))
+
     def key(self, index: int) -> str:
         share, sample = self._find(index)
         if share.name == TEXT:

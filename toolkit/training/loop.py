@@ -57,10 +57,10 @@ class Job:
     check: Callable[[torch.nn.Module], None] | None = None  # called once, after the first update of a run
 
 
-def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> dict:
+def train(args: TrainingArguments, job: Job, ranks: Ranks, trainer: str) -> dict:
     """Train to the last step, from the newest checkpoint if there is one; returns (and writes) the final metrics."""
     bf16 = job.bf16 and wants_bf16(args)
-    run = find_run(args, ranks, len(job.data), job.data.samples_per_row, job.identity, bf16, job.hidden_size)
+    run = find_run(args, ranks, trainer, len(job.data), job.data.samples_per_row, job.identity, bf16, job.hidden_size)
     if run.results:
         if ranks.main:
             early_stopping.sweep(run.folder, complete=True)
@@ -70,7 +70,7 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, description: str) -> 
     asked = stop.listen(run.folder, ranks.main)
     engine, state = _engine(args, job, run, ranks), run.state
     first = state["step"]
-    log = RunLog(run.folder, first, run.last, description) if ranks.main else None
+    log = RunLog(run.folder, first, run.last, trainer) if ranks.main else None
     profiler = Profiler(args.profile if ranks.main else None, run.folder)
     batches = prefetch(steps(job.data, args.seed, run.split, ranks.rank, ranks.world, state["samples"], run.last - first))
     peak, source = peak_flops(ranks.device, bf16) if job.flops else (math.inf, "")

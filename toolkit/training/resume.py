@@ -40,17 +40,21 @@ class Run:
     lock: FileLock | None
 
 
-def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_row: int, identity: dict, bf16: bool, hidden_size: int | None) -> Run:
+def find_run(
+    args: TrainingArguments, ranks: Ranks, trainer: str, samples: int, samples_per_row: int, identity: dict, bf16: bool, hidden_size: int | None
+) -> Run:
     """Collective. Look at --output_dir, check that it holds this run, and write arguments.json and the resolved ds_config.json to it.
 
-    samples: in an epoch. identity: digests of what the run is made from. Raises UserError naming what a resumed run has different.
+    trainer: its name. samples: in an epoch. identity: digests of what the run is made from. Raises UserError naming what a resumed run has different.
     """
     folder = Path(args.output_dir)
     lock = _lock(folder, ranks)
     results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
     saved = results or checkpoint.newest(folder, ranks)
-    if saved and "batch" not in saved:
+    if saved and "trainer" not in saved["identity"]:
         raise UserError(f"--output_dir: {folder} holds a run of an older version of the toolkit; name a new folder")
+    if saved and saved["identity"]["trainer"] != trainer:
+        raise UserError(f"--output_dir: {folder} holds a run of {saved['identity']['trainer']}, not of {trainer}; name a new folder")
     split = batch_split(args, ranks.world, saved["batch"] if saved else None)
     asked = args.per_device_train_batch_size, args.gradient_accumulation_steps
     config = ds_config.resolve(args.deepspeed, args, ranks.world, bf16, hidden_size, None if split == asked else split)
@@ -58,7 +62,7 @@ def find_run(args: TrainingArguments, ranks: Ranks, samples: int, samples_per_ro
     last = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * samples / (rows * samples_per_row))
 
     # what a resumed run must share with its checkpoint: all but what only says when to look, and where
-    identity = {name: value for name, value in as_record(args).items() if name not in FREE} | identity
+    identity = {"trainer": trainer} | {name: value for name, value in as_record(args).items() if name not in FREE} | identity
     if args.early_stopping_patience:  # another validation would judge by another measure, more often or more rarely
         identity |= {"eval_steps": args.eval_steps, "max_eval_samples": args.max_eval_samples}
     zero = config["zero_optimization"]

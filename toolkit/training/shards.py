@@ -68,10 +68,13 @@ def _check_budget(split: str, names: list[str], entry: dict, budget: float, main
         print(f"{text}; training without them", flush=True)
 
 
-def check_patients(train: list[Shards], valid: list[Shards]) -> None:
-    """Raises UserError if a patient of one folder's train is in another's valid. Within a folder `shard` and `shard_tasks` see to that."""
+def check_together(train: list[Shards], valid: list[Shards]) -> None:
+    """Raises UserError if folders hold tokens of several ECG tokenizers, or a patient of one's train is in another's valid (`shard` sees to it in one)."""
     if len(train) == 1:
         return
+    made = [folder.index["tokenizer"] for folder in train]
+    if len(set(made)) > 1:
+        raise UserError(f"--shards: the folders hold tokens of {len(set(made))} ECG tokenizers ({', '.join(made)}, in their order); make all with one")
     seen = [{patient for i in range(len(folder)) for patient in folder.meta(i)["patients"]} for folder in train]
     for folder in valid:
         patients = {patient for i in range(len(folder)) for patient in folder.meta(i)["patients"]}
