@@ -67,7 +67,8 @@ def test_rows_for_the_metrics(tiny):
     samples = [(np.full((n, 313), k, np.uint16), {}, [{**task, "id": f"{k}-{i}", "question_type": "single-verify"} for i, task in enumerate(tasks("Q?"))])
                for k, n in enumerate((2, 1, 2, 1))]  # fmt: skip
     with plain_attention(model):
-        rows = answer_rows(model, tokenizer, vocabulary, Prompts(), samples, 3, "cpu", batch=3)
-        alone = {row["id"]: row for sample in samples for row in answer_rows(model, tokenizer, vocabulary, Prompts(), [sample], 3, "cpu")}
+        answer = lambda batch: answer_tasks(model, tokenizer, vocabulary, Prompts(), batch, 3, "cpu")
+        rows = answer_rows(answer, samples, batch=3)
+        alone = {row["id"]: row for sample in samples for row in answer_rows(answer, [sample])}
     assert {row["id"]: row for row in rows} == alone and len(rows) == 8
     assert alone["0-0"]["reference"] == "yes" and alone["0-1"]["reference"] == "sinus rhythm." and alone["0-1"]["task"] == "report"

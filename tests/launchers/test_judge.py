@@ -46,15 +46,17 @@ def test_metrics_say_how_sure_the_difference_is_and_name_no_patient(shards):
     assert "over_blind" in scores["conventions"] and not any(name in text for sample in SAMPLES for name in sample)
 
 
-def test_a_line_a_kind_of_question_with_its_interval(shards):
+def test_a_line_a_kind_of_question_with_its_interval_and_one_of_reports(shards):
     lines = summary(judge(rows(), patients_of(rows(), shards)))
     assert [re.sub(r"\([-+][\d.]+ to [-+][\d.]+\)", "(interval)", line).split(":") for line in lines] == [
         ["                     overall", " exact match  75.0 %   blind  75.0 %   difference +0.0 (interval)"],
         ["               single-verify", " exact match 100.0 %   blind  50.0 %   difference +50.0 (interval)"],
         ["                single-query", " exact match  50.0 %   blind 100.0 %   difference -50.0 (interval)"],
+        # half as long: exp(1 - 2) of BLEU-1, and no four words; a recall of 1/2
+        ["                     reports", " BLEU-1  36.8 (blind 100.0)   BLEU-4   0.0 (blind 0.0)   ROUGE-L  66.7 (blind 100.0)"],
     ]
     assert summary(judge(rows()[:1], ["anna"]))[0].endswith("difference +0.0")  # one patient: no interval
-    assert summary(judge(rows()[2:3], ["anna"])) == []
+    assert len(summary(judge(rows()[2:3], ["anna"]))) == 1
 
 
 def test_the_report_shows_the_interval_below_the_difference(shards, tmp_path):

@@ -14,27 +14,16 @@ Sample = tuple[np.ndarray, dict, list[dict]]  # codes uint16 [n_ecgs, 313], the 
 BATCH = 8  # ECGs with all their questions
 
 
-def answer_rows(
-    model,
-    tokenizer,
-    vocabulary: ECGVocabulary,
-    prompts: Prompts,
-    samples: list[Sample],
-    max_new_tokens: int,
-    device,
-    adapter: ECGAdapter | None = None,
-    agree: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    batch: int = BATCH,
-) -> list[dict]:
-    """A prediction row, as evaluation/metrics.py takes them, for every task of every sample. Arguments as of `answer_tasks`."""
+def answer_rows(answer: Callable[[list[Sample]], list[list[str]]], samples: list[Sample], batch: int = BATCH) -> list[dict]:
+    """A prediction row, as evaluation/metrics.py takes them, for every task of every sample. answer: `answer_tasks`, of a batch of them."""
     rows = []
     samples = sorted(samples, key=lambda sample: len(sample[0]))  # those of a batch best have as many ECGs
     for start in range(0, len(samples), batch):
         part = samples[start : start + batch]
-        for (*_, tasks), answers in zip(part, answer_tasks(model, tokenizer, vocabulary, prompts, part, max_new_tokens, device, adapter, agree)):
-            for task, answer in zip(tasks, answers):
+        for (*_, tasks), answers in zip(part, answer(part)):
+            for task, given in zip(tasks, answers):
                 kind = {name: task[name] for name in ("task", "question_type")}
-                rows.append({"id": task.get("id"), **kind, "prediction": answer, "reference": reference_text(task)})
+                rows.append({"id": task.get("id"), **kind, "prediction": given, "reference": reference_text(task)})
     return rows
 
 

@@ -32,7 +32,8 @@ def exact_match(engine, how: Asked, samples: list[Sample], ranks: Ranks) -> dict
     spread = engine.zero_optimization_stage() < 3
     mine = samples[ranks.rank :: ranks.world] if spread else samples
     with plain_attention(engine.module.lm) as plain:
-        parts = [answer_rows(plain, *how, mine, WATCHED, ranks.device, engine.module.adapter, None if spread else _rank_0s)]
+        agree = None if spread else _rank_0s
+        parts = [answer_rows(lambda batch: answer_tasks(plain, *how, batch, WATCHED, ranks.device, engine.module.adapter, agree), mine)]
     if spread:
         own, parts = parts[0], [None] * ranks.world
         dist.all_gather_object(parts, own)
