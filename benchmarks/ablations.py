@@ -91,28 +91,31 @@ def module(name: str, *words) -> None:
     subprocess.run([sys.executable, "-m", name, *map(str, words)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def scores(out: Path, variant: str, seeds: list[int], ids: list[str]) -> np.ndarray:
-    """Exact match float [seeds, questions]."""
-    found = []
-    for seed in seeds:
-        lines = (out / f"{variant}-{seed}" / "judged" / "predictions.jsonl").read_text().splitlines()
-        right = {row["id"]: is_correct(row) for row in map(json.loads, lines)}
-        found.append([right[id] for id in ids])
-    return np.array(found, float)
+def scored(judged: Path, ids: list[str]) -> list[bool]:
+    """Which questions a run of launchers/evaluate.py found answered exactly."""
+    right = {row["id"]: is_correct(row) for row in map(json.loads, (judged / "predictions.jsonl").read_text().splitlines())}
+    return [right[id] for id in ids]
 
 
-def table(out: Path, variants: list[str], seeds: list[int]) -> str:
+def majority(train: list[dict], tasks: list[dict]) -> np.ndarray:
+    """Exact match float [n] of the most frequent answer of the training split, for the same template and attributes."""
+    baseline = fit(train)
+    return np.array([is_correct({"prediction": predict(baseline, task), "reference": reference_text(task)}) for task in tasks], float)
+
+
+def table(out: Path, variants: list[str], seeds: list[int], beside: list[Path]) -> str:
     """Markdown: exact match of each variant and kind of question with its interval and its lowest and highest seed; and the difference to what the variant
-    is compared with."""
+    is compared with. beside: folders of more judgements."""
     shards, train = (Shards.open(out / "tasks", split) for split in (SPLIT, "train"))
     metas = [shards.meta(i) for i in range(len(shards))]
     tasks = [(task, meta["patients"][0]) for meta in metas for task in meta["tasks"]]
     patients = np.array([patient for _, patient in tasks])
     kind_of = np.array([task["question_type"] for task, _ in tasks])
     chosen = {kind: np.flatnonzero((kind_of == kind) | (kind == "all")) for kind in KINDS}
-    baseline = fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
-    blind = np.array([is_correct({"prediction": predict(baseline, task), "reference": reference_text(task)}) for task, _ in tasks], float)
-    found = {variant: scores(out, variant, seeds, [task["id"] for task, _ in tasks]) for variant in variants}
+    asked, known = [task for task, _ in tasks], [task for i in range(len(train)) for task in train.meta(i)["tasks"]]
+    blind, template = majority(known, asked), majority(*([{**task, "attribute": None} for task in some] for some in (known, asked)))
+    ids = [task["id"] for task in asked]
+    found = {variant: np.array([scored(out / f"{variant}-{seed}" / "judged", ids) for seed in seeds], float) for variant in variants}
     lines = [f"| exact match, {len(seeds)} seeds | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
 
     def row(name: str, one: np.ndarray, other: np.ndarray | None = None, more=lambda at: "") -> None:
@@ -124,13 +127,19 @@ def table(out: Path, variants: list[str], seeds: list[int]) -> str:
             cells.append(f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f}){more(at)}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
 
-    row("blind", blind)
+    row("majority answer per template", template)
+    row("blind: majority answer per template and attributes asked for", blind)
     for variant, each in found.items():
         row(variant, each.mean(0), more=lambda at, each=each: "; {:.1f} to {:.1f}".format(*(100 * f(each[:, at].mean(1)) for f in (np.min, np.max))))
     for variant, each in found.items():
         other = VARIANTS[variant][2]
         if other is None or other in found:
             row(f"{variant} over {other or 'blind'}", each.mean(0), blind if other is None else found[other].mean(0))
+    for folder in beside:
+        right = np.array(scored(folder, ids), float)
+        row(str(folder), right)
+        row(f"{folder} over majority per template", right, template)
+        row(f"{folder} over blind", right, blind)
     return "\n".join(lines)
 
 
@@ -140,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="(default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one a core, %(default)s)")
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="results of launchers/evaluate.py on the same questions, for the table")
     args = parser.parse_args()
     if not (REAL / "ptbxl").is_dir():
         parser.error(f"{REAL} has no ptbxl/: set ECG_DATA to the folder of real ECGs")
@@ -149,7 +159,7 @@ def main() -> None:
     recipes = dict.fromkeys(VARIANTS[variant][0] for variant in args.variants)
     at_once("pretraining", pretrain, [(out, recipe, seed) for seed in args.seeds for recipe in recipes], args.jobs)
     at_once("tuning", tune, [(out, variant, seed) for seed in args.seeds for variant in args.variants], args.jobs)
-    text = table(out, args.variants, args.seeds)
+    text = table(out, args.variants, args.seeds, args.beside)
     (out / "table.md").write_text(text + "\n")
     print(f"\n{text}")
 
