@@ -230,8 +230,10 @@ def test_sharding_names_the_argument_and_leaves_nothing(line, tmp_path):
 
     with pytest.raises(UserError, match="--qa: no .json files"):
         tasks("ecgqa", "--qa", tmp_path, "--shards", line / "shards", "--out", tmp_path / "t")
-    with pytest.raises(UserError, match="--qa: reports come from"):
+    with pytest.raises(UserError, match="--qa: `ecgqa` needs it"):
         tasks("ecgqa", "--shards", line / "shards", "--out", tmp_path / "t")
+    with pytest.raises(UserError, match="--qa: reports come from"):
+        tasks("reports", "--qa", tmp_path, "--shards", line / "shards", "--out", tmp_path / "t")
     shutil.copytree(line / "shards", tmp_path / "other")
     text = (tmp_path / "other" / "index.json").read_text()
     (tmp_path / "other" / "index.json").write_text(text.replace(Shards.open(line / "shards", "train").index["tokenizer"], "0" * 16))
