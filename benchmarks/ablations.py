@@ -1,6 +1,6 @@
 """What each part of the method brings, on real ECGs: pretraining, its objective, discretisation, the order of the prompt; three seeds each.
 
-    python benchmarks/ablations.py                                   # about an hour and a half on two cores; run again, it goes on where it stopped
+    python benchmarks/ablations.py                                   # two hours on two cores beside other programs; run again, it goes on where it stopped
     python benchmarks/ablations.py --seeds 1 --variants reference without-pretraining
     python benchmarks/ablations.py --out runs/ablations              # complete: prints the table alone
 

@@ -136,8 +136,15 @@ def test_a_pointer_that_leads_nowhere_is_named(alone, tmp_path):
         checkpoint.newest(folder, alone)
 
 
-@pytest.mark.parametrize(("identity", "message"), [({"trainer": "pretrain"}, "holds a run of pretrain, not of instruct"), ({}, "of an older version")])
-def test_a_folder_of_another_trainer_is_named(alone, tmp_path, identity, message):
-    (tmp_path / "train_results.json").write_text(json.dumps({"steps": 1, "identity": identity, "batch": {"rows": 1, "asked": [1, 1]}}))
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"identity": {"trainer": "pretrain"}}, "holds a run of pretrain, not of instruct"),
+        ({"identity": {}}, "of an older version"),
+        ({}, "of an older version"),
+    ],
+)
+def test_a_folder_of_another_trainer_is_named(alone, tmp_path, saved, message):
+    (tmp_path / "train_results.json").write_text(json.dumps({"steps": 1, "batch": {"rows": 1, "asked": [1, 1]}, **saved}))
     with pytest.raises(UserError, match=f"--output_dir: .* {message}"):
         find_run(arguments(output_dir=str(tmp_path)), alone, "instruct", 10, 1, {}, False, None)

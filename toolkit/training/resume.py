@@ -51,7 +51,7 @@ def find_run(
     lock = _lock(folder, ranks)
     results = json.loads((folder / RESULTS).read_text()) if (folder / RESULTS).is_file() else None
     saved = results or checkpoint.newest(folder, ranks)
-    if saved and "trainer" not in saved["identity"]:
+    if saved and "trainer" not in saved.get("identity", ()):
         raise UserError(f"--output_dir: {folder} holds a run of an older version of the toolkit; name a new folder")
     if saved and saved["identity"]["trainer"] != trainer:
         raise UserError(f"--output_dir: {folder} holds a run of {saved['identity']['trainer']}, not of {trainer}; name a new folder")
