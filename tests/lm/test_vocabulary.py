@@ -165,5 +165,5 @@ def test_a_stamp_of_another_tokenizer_is_refused(tmp_path):
     save_stamp(tmp_path, index, knows_text=False)
     stamp = check_stamp(tmp_path, index, "--backbone")
     assert not stamp["knows_text"]
-    with pytest.raises(UserError, match="use the shards it was trained with"):
+    with pytest.raises(UserError, match="name shards that were made with that one"):
         check_stamp(tmp_path, {**index, "tokenizer": "b" * 16}, "--backbone")
