@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from toolkit.errors import UserError
 from toolkit.files import whole_file, write_text
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST, QUARANTINE, PREPARE = FILES = ("manifest.parquet", "quarantine.jsonl", "prepare.json")
 SPLITS = ("train", "valid", "test")
 SCHEMA = pa.schema(
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
         ("qc", pa.list_(pa.string())),  # flags of toolkit/ecg/quality.py
         ("age", pa.float64()),  # years, nan if unknown
         ("sex", pa.string()),  # male, female or ''
+        ("site", pa.string()),  # where it was recorded: a hospital or device number of PTB-XL, a database of CinC, the csv's own word; '' if unknown
     ]
 )
 
@@ -50,17 +51,22 @@ def pseudonym(source: str, patient_id: object) -> str:
 
 
 def read_manifest(folder: str | Path) -> pd.DataFrame:
-    """The manifest's rows, columns as SCHEMA, `labels` and `qc` as lists. Raises `UserError` naming --manifest."""
+    """The manifest's rows, columns as SCHEMA, `labels` and `qc` as lists. Raises `UserError` naming --manifest.
+
+    Format version 2 had no `site`: there all are unknown. A large archive takes hours to read, too much for a column that few things need.
+    """
     folder = Path(folder)
     mend = "make it with `python -m sharding.prepare`"
     absent = [name for name in (MANIFEST, PREPARE) if not (folder / name).is_file()]
     if absent:
         raise UserError(f"--manifest {folder} has no {' and no '.join(absent)}: {mend}")
     version = read_summary(folder).get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (2, FORMAT_VERSION):
         raise UserError(f"--manifest {folder} has format version {version}, this program reads {FORMAT_VERSION}: {mend} --overwrite")
     try:
         table = pq.ParquetFile(folder / MANIFEST).read()  # not read_table: it takes a parent named a=b for a column
+        if version == 2:
+            table = table.append_column(SCHEMA.field("site"), pa.array([""] * len(table), pa.string()))
         if not table.schema.equals(SCHEMA):
             raise pa.ArrowException(f"columns {', '.join(table.schema.names)}")
     except (pa.ArrowException, OSError) as error:

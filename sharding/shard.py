@@ -34,7 +34,7 @@ from toolkit.shards.writer import FORMAT_VERSION, INDEX_DTYPE, TOKENIZER_FILES, 
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
 CHUNK = 64  # ECGs that a worker takes at a time: 15 MB of samples, half a second of encoding on a core, one batch on a GPU
-META = ("source", "record_id", "patient", "split", "report", "labels", "qc", "age", "sex")
+META = ("source", "record_id", "patient", "split", "report", "labels", "qc", "age", "sex", "site")
 FILES = ("*.tar", "*.index.npy", "index.json", "quarantine.jsonl", "tokenizer")
 
 

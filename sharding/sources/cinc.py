@@ -3,7 +3,7 @@
 Labels are the SNOMED CT codes of the header's Dx line, as text. There are no reports and no split. No patient numbers are published, so each
 record counts as a patient of its own; the parts st_petersburg_incart and ptb do hold several records of a patient, which may then fall
 into different splits. The part ptb-xl (HR00001 ...) is PTB-XL again, without its patient numbers: a leak between it and the source ptbxl
-could not be seen, so it is left out unless --with_ptbxl is given.
+could not be seen, so it is left out unless --with_ptbxl is given. `site` is the database, which the record's name tells, whatever its folder.
 """
 
 import argparse
@@ -18,6 +18,16 @@ OWN_SPLIT = None
 COMMENT = re.compile(r"^#\s*(Age|Sex|Dx)\s*:(.*)$", re.MULTILINE)  # 2020 writes "#Age: 74", 2021 "# Age: 74"
 SEX = {"m": "male", "male": "male", "f": "female", "female": "female"}
 PTBXL = re.compile(r"HR\d{5}")
+DATABASES = {  # names of records -> the database's, as the folders of 2021 are called
+    r"A\d{4}": "cpsc_2018",
+    r"Q\d{4}": "cpsc_2018_extra",
+    r"I\d{4}": "st_petersburg_incart",
+    r"S\d{4}": "ptb",
+    r"HR\d{5}": "ptb-xl",
+    r"E\d{5}": "georgia",
+    r"JS\d{5}": "chapman_shaoxing",  # up to LAST_CHAPMAN, the others are ningbo's
+}
+LAST_CHAPMAN = "JS10646"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +63,15 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "labels": [code.strip() for code in said.get("Dx", "").split(",") if code.strip().isdecimal()],
             "age": parse_age(said.get("Age", "")),
             "sex": SEX.get(said.get("Sex", "").lower(), ""),
+            "site": database(name),
         }
     yield from ({"left_out": "of PTB-XL (HR...): use the source ptbxl, or --with_ptbxl"} for _ in range(len(headers) - len(kept)))
+
+
+def database(record: str) -> str:
+    """The database of the Challenge that a record is of, '' for a name that is none of its."""
+    found = next((name for pattern, name in DATABASES.items() if re.fullmatch(pattern, record)), "")
+    return "ningbo" if found == "chapman_shaoxing" and record > LAST_CHAPMAN else found
 
 
 def parse_age(text: str) -> float:

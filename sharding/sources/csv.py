@@ -8,9 +8,10 @@ Columns, by name, in any order; others are ignored. UTF-8, separated by commas, 
     split          train, valid or test (--split column)
     report, age (years), sex (male or female; m or f)
     labels         separated by ; or |
+    site           where it was recorded: the hospital, the device, a number of either
     sampling_rate, unit, leads   of a .npy or .mat array, which cannot say it itself (leads separated by spaces, commas, ; or |)
 
-Neither patient nor path goes into shards. An id does, so it should be no hospital number; one of other characters than letters, digits, _
+Neither patient nor path goes into shards. A site does. An id does, so it should be no hospital number; one of other characters than letters, digits, _
 and - is not used, for it might be a name: such a record is known by a hash of its path, as are those without an id.
 """
 
@@ -87,6 +88,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "labels": [label for label in map(clean_label, re.split(r"[;|]", cells.get("labels", ""))) if label],
             "age": age,
             "sex": sex,
+            "site": clean_label(cells.get("site", "")),
         }
     if not found:
         raise UserError(f"{table} has a header and no rows: add a row for each ECG")

@@ -58,6 +58,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "labels": [],
             "age": float(age) if 0 <= age <= 89 else NAN,
             "sex": sex,
+            "site": "",
         }
 
 

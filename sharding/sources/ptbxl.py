@@ -30,6 +30,7 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
     - `labels` are all codes of `scp_codes`. Likelihood 0 is kept: PTB-XL gives it where none was stated, always for rhythm codes.
     - `report` is `report_en` where the table has one for the ECG, else `report` (about 70 % German).
     - `age` is nan above 89: the table says 300 there.
+    - `site` is the number of the table's column of that name, "0" to "51"; '' where it is empty, or the table is without it.
     """
     table = find_table(root, TABLE, "PTB-XL")
     try:
@@ -56,8 +57,9 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             record, patient, split = int(row["ecg_id"]), int(row["patient_id"]), FOLDS[int(row["strat_fold"])]
             labels = list(ast.literal_eval(row["scp_codes"]))
             path, age = str(folder / row[column]), float(row["age"])
+            site = "" if pd.isna(row.get("site")) else str(int(row["site"]))  # pandas reads whole numbers with gaps as floats
         except (ValueError, TypeError, KeyError, SyntaxError) as error:
-            columns = f"ecg_id, patient_id, age, strat_fold, scp_codes or {column}"
+            columns = f"ecg_id, patient_id, age, site, strat_fold, scp_codes or {column}"
             raise UserError(f"{table}: ecg_id {row['ecg_id']}: {columns} is wrong ({error!r}): download it again") from error
         yield {
             "key": f"ptbxl_{record:05d}",
@@ -71,4 +73,5 @@ def rows(root: Path, args: argparse.Namespace) -> Iterator[dict]:
             "labels": labels,
             "age": float("nan") if age > 89 else age,
             "sex": {0: "male", 1: "female"}.get(row["sex"], ""),
+            "site": site,
         }

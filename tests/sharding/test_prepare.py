@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import wfdb
 
@@ -59,7 +60,7 @@ def damaged(tmp_path_factory):
     order = [3, 0, 1, 2, 5, 4, 11, 10, 9, 8, 7, 6]
     rows = [
         record(root, 1, signal()) | {"report_en": "  "},
-        record(root, 2, signal()[:, order], names=[LEADS[i] for i in order]),
+        record(root, 2, signal()[:, order], names=[LEADS[i] for i in order]) | {"site": 7.0},
         record(root, 3, signal() * 1000, units="uV", gain=1.0),
         record(root, 4, nan_short) | {"strat_fold": 9, "age": 300.0, "sex": 0},
         record(root, 5, signal(seconds=30)) | {"strat_fold": 10},
@@ -117,6 +118,7 @@ def test_every_record_is_kept_or_quarantined_with_its_reason(damaged, tmp_path):
     assert frame.qc.to_dict() == dict.fromkeys(["1", "2", "3", "5", "1007", "1008"], []) | {"4": ["nan_interpolated"], "6": ["padded"]}
     assert frame.age["1"] == 56 and np.isnan(frame.age[["4", "6"]]).all()
     assert frame.sex["1"] == "female" and frame.sex["4"] == "male"
+    assert frame.site.to_dict() == dict.fromkeys(frame.index, "") | {"2": "7"}
     # The same signal in another order, in uV, and as the start of a long record.
     for other in ("2", "3"):
         np.testing.assert_allclose(read_record(frame.path[other]), read_record(frame.path["1"]), atol=0.001)
@@ -125,7 +127,7 @@ def test_every_record_is_kept_or_quarantined_with_its_reason(damaged, tmp_path):
     assert not any(re.search(r"\b7700\d\d", text) for text in texts)
 
     summary = json.loads((out / "prepare.json").read_text())
-    assert (summary["records"], summary["kept"], summary["reports"], summary["format_version"]) == (14, 8, 6, 2)
+    assert (summary["records"], summary["kept"], summary["reports"], summary["format_version"]) == (14, 8, 6, 3)
     assert summary["quarantined"] == {"absent": 1, "flat_lead": 1, "missing_lead": 1, "nan": 1, "too_short": 1, "unreadable": 1}
     assert summary["flags"] == {"nan_interpolated": 1, "padded": 1}
     assert summary["splits"] == {
@@ -248,6 +250,17 @@ def test_read_manifest_names_the_argument_and_the_mend(tmp_path):
         assert "format version" in message()
     (out / "prepare.json").unlink()
     assert "has no prepare.json" in message()
+
+
+def test_a_manifest_of_format_2_has_sites_unknown(tmp_path):
+    row = dict.fromkeys(SCHEMA.names, "x") | {"labels": ["NORM"], "qc": [], "age": 50.0, "start": 0.0}
+    write_manifest(tmp_path, [row], [], {})
+    new = read_manifest(tmp_path)
+    pq.write_table(pq.read_table(tmp_path / "manifest.parquet").drop_columns(["site"]), tmp_path / "manifest.parquet")
+    with pytest.raises(UserError, match="is damaged .columns key, source"):  # it says that it is of format 3
+        read_manifest(tmp_path)
+    (tmp_path / "prepare.json").write_text('{"format_version": 2}')
+    assert read_manifest(tmp_path).equals(new.assign(site=""))
 
 
 def test_pseudonyms_never_change():

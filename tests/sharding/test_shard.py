@@ -43,7 +43,7 @@ def threads():
 def made(tmp_path_factory):
     """Folder with root (30 records, folds 1 to 10), tokenizer, manifest, and shards of four ECGs made by one worker of one rank."""
     out = tmp_path_factory.mktemp("made")
-    rows = [record(out / "root", i, random_walk(seed=i)) | {"strat_fold": 1 + i % 10, "report": f"Überleitung ✓ {i}"} for i in range(1, RECORDS + 1)]
+    rows = [record(out / "root", i, random_walk(seed=i)) | {"strat_fold": 1 + i % 10, "report": f"Überleitung ✓ {i}", "site": i} for i in range(1, RECORDS + 1)]
     table(out / "root", rows)
     torch.manual_seed(0)
     ECGTokenizer(TokenizerConfig()).save_pretrained(out / "tokenizer")
@@ -78,6 +78,7 @@ def test_every_ecg_is_encoded_once_in_its_split(made):
             (scale,) = meta.pop("gains")
             np.testing.assert_allclose(scale, ecg.astype(np.float64).std(1), rtol=5e-4)  # four significant digits
             assert meta == {name: row[name] for name in shard.META} and meta["split"] == split and "✓" in meta["report"]
+            assert meta["site"] == str(int(key[-5:])) and meta["labels"] == ["NORM", "SR"]
             np.testing.assert_array_equal(shards.ids(i)[0], tokenizer.encode(ecg))
             seen.append(key)
     assert sorted(seen) == sorted(frame.index) and len(seen) == RECORDS

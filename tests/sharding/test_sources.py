@@ -33,7 +33,7 @@ def rows(source, root, *options):
     left_out = [row["left_out"] for row in found if "left_out" in row]
     found = [row for row in found if "left_out" not in row]
     assert all(set(row) == COLUMNS and re.fullmatch(r"[A-Za-z0-9_-]+", row["key"]) and Path(row["path"]).is_absolute() for row in found)
-    assert all(type(row["age"]) is float and row["sex"] in ("male", "female", "") for row in found)
+    assert all(type(row["age"]) is float and row["sex"] in ("male", "female", "") and type(row["site"]) is str for row in found)
     assert len({row["key"] for row in found}) == len(found)
     return found
 
@@ -84,10 +84,28 @@ def test_ptbxl_rows(tmp_path):
     assert one == {
         "key": "ptbxl_00001", "source": "ptbxl", "record_id": "1", "patient": pseudonym("ptbxl", 770001), "split": "train",
         "path": str(root / "records500/00000/00001_hr"), "array": "", "report": "sinusrhythmus  möglich Edit: NORM 100", "labels": ["NORM", "SR"],
-        "age": 56.0, "sex": "female",
+        "age": 56.0, "sex": "female", "site": "",
     }  # fmt: skip
     assert (two["split"], two["sex"], two["report"]) == ("valid", "male", "") and np.isnan(two["age"])
     assert three["split"] == "test" and three["patient"] == one["patient"]
+
+
+@pytest.mark.parametrize(
+    ("written", "sites"),
+    [
+        (["0.0", "", "51.0"], ["0", "", "51"]),  # as in PTB-XL, whose column has gaps
+        (["0", "7", "51"], ["0", "7", "51"]),
+        (["1e1", "2.000", "nan"], ["10", "2", ""]),
+        (["", "", ""], ["", "", ""]),
+    ],
+)
+def test_ptbxl_site_is_a_whole_number_as_text(tmp_path, written, sites):
+    root = ptbxl(tmp_path, *((i, {"site": site}) for i, site in enumerate(written)))
+    assert [row["site"] for row in rows("ptbxl", root)] == sites
+
+
+def test_ptbxl_site_that_is_no_number_is_named(tmp_path):
+    fails("ecg_id 1: .*site.* is wrong", "ptbxl", ptbxl(tmp_path, (1, {"site": "ward"})))
 
 
 def test_ptbxl_sampling_rate(tmp_path):
@@ -103,6 +121,9 @@ def test_shared_ptbxl(ecg_data):
         pytest.skip(f"no {ecg_data / 'ptbxl_mv'}")
     found = rows("ptbxl", ecg_data / "ptbxl_mv")
     assert len(found) == 85 and all(Path(row["path"] + ".hea").is_file() for row in found)
+    with open(ecg_data / "ptbxl_mv" / "ptbxl_database.csv", newline="", encoding="utf-8") as table:  # as text, not as pandas reads it
+        assert [row["site"] for row in found] == [row["site"].removesuffix(".0") for row in csv.DictReader(table)]
+    assert len({row["site"] for row in found}) > 3
 
 
 # MIMIC-IV-ECG
@@ -135,7 +156,7 @@ def test_mimic_reports_are_joined_by_study(tmp_path, seed):
         assert one | {"age": 0} == {
             "key": "mimic_40000001", "source": "mimic", "record_id": "40000001", "patient": pseudonym("mimic", 10000001), "split": "",
             "path": str(root / "files/p1000/p10000001/s40000001/40000001"), "array": "", "report": "Sinus rhythm. Possible infarct, möglich. Abnormal ECG.",
-            "labels": [], "age": 0, "sex": "",
+            "labels": [], "age": 0, "sex": "", "site": "",
         }  # fmt: skip
         assert (two["report"], three["report"]) == ("None. NA.", "")  # words, not missing values
         assert two["patient"] == one["patient"] != three["patient"] and all(np.isnan(row["age"]) for row in (one, two, three))
@@ -203,10 +224,24 @@ def test_cinc_reads_both_years(tmp_path):
     assert found["E00001"] == {
         "key": "cinc_E00001", "source": "cinc", "record_id": "E00001", "patient": pseudonym("cinc", "E00001"), "split": "",
         "path": str(tmp_path / "training/georgia/g1/E00001"), "array": "", "report": "", "labels": ["59118001", "17338001"], "age": 74.0, "sex": "female",
+        "site": "georgia",
     }  # fmt: skip
     assert (found["A0001"]["age"], found["A0001"]["sex"], found["A0001"]["labels"]) == (74.0, "male", ["59118001"])
     assert all(np.isnan(found[name]["age"]) and found[name]["labels"] == [] for name in ("JS00001", "I0001", "S0001"))
     assert [found[name]["sex"] for name in ("JS00001", "I0001", "S0001")] == ["", "", "female"]
+
+
+@pytest.mark.parametrize(
+    ("record", "site"),
+    [
+        ("A0001", "cpsc_2018"), ("Q0001", "cpsc_2018_extra"), ("I0001", "st_petersburg_incart"), ("S0001", "ptb"), ("HR00001", "ptb-xl"),
+        ("E00001", "georgia"), ("JS00001", "chapman_shaoxing"), ("JS10646", "chapman_shaoxing"), ("JS10647", "ningbo"), ("JS45551", "ningbo"),
+        ("E0001", ""), ("mine", ""), ("xA0001", ""),
+    ],
+)  # fmt: skip
+def test_cinc_site_is_the_database_of_the_records_name(tmp_path, record, site):
+    header(tmp_path / "somewhere", record, "")
+    assert [row["site"] for row in rows("cinc", tmp_path, "--with_ptbxl")] == [site]
 
 
 def test_cinc_leaves_ptbxl_out_and_says_so(tmp_path):
@@ -232,6 +267,7 @@ def test_shared_cinc(ecg_data):
         pytest.skip(f"no {ecg_data / 'cinc2021'}")
     found = rows("cinc", ecg_data / "cinc2021")
     assert len(found) == 158
+    assert {row["site"] for row in found} == {"georgia", "chapman_shaoxing", "ningbo"}
     for row in random.Random(0).sample(found, 10):  # against wfdb's reading of the comments
         said = dict(comment.split(": ", 1) for comment in wfdb.rdheader(row["path"]).comments if ": " in comment)
         assert row["labels"] == said["Dx"].split(",") and row["sex"] == said["Sex"].lower()
@@ -246,24 +282,26 @@ def test_csv_rows(tmp_path):
     write(tmp_path / "b" / "two.hea", "")
     table = write(
         tmp_path / "ecgs.csv",
-        "\ufeffPath;patient;id;split;report;labels;age;sex;sampling_rate;unit;leads;ward\n"
-        'a/one.hea;Müller, Hans;e-1;train;"möglich; kein ""Q""\nzweite Zeile";AF|LBBB;63,5;f;;;;7\n'
-        "b/two.mat;7;;test;;;;;;;;7\n"
-        '/elsewhere/three.npy;7;p.3;valid;;"AF ; SR";;Male;257;uV;I II,III|aVR;7\n'
+        "\ufeffPath;patient;id;split;report;labels;age;sex;sampling_rate;unit;leads;ward;Site\n"
+        'a/one.hea;Müller, Hans;e-1;train;"möglich; kein ""Q""\nzweite Zeile";AF|LBBB;63,5;f;;;;7; Haus B, seit 12.5.2019\n'
+        "b/two.mat;7;;test;;;;;;;;7;\n"
+        '/elsewhere/three.npy;7;p.3;valid;;"AF ; SR";;Male;257;uV;I II,III|aVR;7;21\n'
         "\n"
-        "c/four.mat;8;;;;;nan;unknown;;;;\n",
+        "c/four.mat;8;;;;;nan;unknown;;;;;MAC-5500\n",
     )
     for options in ((), ("--table", table)):
         one, two, three, four = rows("csv", tmp_path, *options)
         assert one == {
             "key": "csv_e-1", "source": "csv", "record_id": "e-1", "patient": pseudonym("csv", "Müller, Hans"), "split": "train",
             "path": str(tmp_path / "a/one"), "array": "", "report": 'möglich; kein "Q"\nzweite Zeile', "labels": ["AF", "LBBB"], "age": 63.5, "sex": "female",
+            "site": "Haus B, seit",
         }  # fmt: skip
         assert (two["path"], two["array"], two["split"], two["report"]) == (str(tmp_path / "b/two"), "", "test", "")  # .hea + .mat is WFDB
         assert three["path"] == "/elsewhere/three.npy" and three["labels"] == ["AF", "SR"] and three["sex"] == "male"
         assert json.loads(three["array"]) == {"sampling_rate": 257, "unit": "uV", "leads": ["I", "II", "III", "aVR"]}
         assert four["path"] == str(tmp_path / "c/four.mat") and four["split"] == four["sex"] == "" and np.isnan(four["age"])
         assert json.loads(four["array"]) == {"sampling_rate": 500, "unit": "mV", "leads": list(LEADS)}
+        assert [row["site"] for row in (two, three, four)] == ["", "21", "MAC-5500"]
         assert two["patient"] == three["patient"] != four["patient"]
         for row in (two, three, four):  # no id, or one that might be a name: known by a hash of the path
             assert re.fullmatch("[0-9a-f]{16}", row["record_id"]) and row["key"] == f"csv_{row['record_id']}"

@@ -168,10 +168,25 @@ def test_age_and_sex_of_each_ecg_and_no_age_above_90(shards, tmp_path):
     }  # fmt: skip
 
 
+def test_site_and_labels_of_each_ecg(tmp_path):
+    people = {"1": {"site": "0", "labels": ["NORM", "SR"]}, "2": {"site": "", "labels": []}, "3": {}}  # shards made before have neither
+    meta = {"source": "x", "split": "train", "patient": "p", "report": "sinus rhythm.", "gains": [[0.1] * 12]}
+    rows = [(f"x_{record}", np.zeros((1, 313), np.uint16), {**meta, "record_id": record, **more}) for record, more in people.items()]
+    write_index(tmp_path, {"train": write_split(tmp_path, "train", rows, 2)}, kind="tokens")
+    ecgs = ECGs({"train": Shards.open(tmp_path, "train")})
+    asked = {"task": "ecgqa", "question_type": "single-verify", "question": "?", "answer": ["yes"]}
+    joined, _ = join([{"id": "-".join(pair), **asked, "ecg_ids": pair} for pair in (("2", "1"), ("1", "3"), ("3",), ("1",))], ecgs)
+    made = {tuple(meta["record_ids"]): (meta["sites"], meta["labels"]) for _, _, meta in samples("train", joined, ecgs)}
+    assert made == {
+        ("1",): (["0"], [["NORM", "SR"]]), ("3",): ([""], [[]]), ("2", "1"): (["", "0"], [[], ["NORM", "SR"]]),
+        ("1", "3"): (["0", ""], [["NORM", "SR"], []]),
+    }  # fmt: skip
+
+
 def test_tokens_without_age_and_sex_still_make_tasks(tmp_path):
     meta = {"record_id": "1", "source": "x", "split": "train", "patient": "p", "report": "", "gains": [[0.1] * 12]}
     write_index(tmp_path, {"train": write_split(tmp_path, "train", [("x_1", np.zeros((1, 313), np.uint16), meta)], 1)}, kind="tokens")
     ecgs = ECGs({"train": Shards.open(tmp_path, "train")})
     joined, _ = join([{"id": "a", "task": "ecgqa", "question_type": "single-verify", "question": "?", "answer": ["yes"], "ecg_ids": ("1",)}], ecgs)
     ((_, _, made),) = samples("train", joined, ecgs)
-    assert (made["ages"], made["sexes"]) == ([None], [""])
+    assert (made["ages"], made["sexes"], made["sites"], made["labels"]) == ([None], [""], [""], [[]])

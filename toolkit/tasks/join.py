@@ -101,6 +101,8 @@ def samples(split: str, joined: Joined, ecgs: ECGs):
             "gains": [meta["gains"][0] for meta in metas],
             "ages": [told_age(meta.get("age")) for meta in metas],
             "sexes": [meta.get("sex", "") for meta in metas],
+            "sites": [meta.get("site", "") for meta in metas],  # token shards of before have none
+            "labels": [meta.get("labels", []) for meta in metas],
             "tasks": [{k: v for k, v in task.items() if k != "ecg_ids"} for task in sorted(tasks, key=lambda t: (t["task"], t["id"]))],
         }
         key = "_".join([source, *ecg_ids]) if len(ecg_ids) > 1 else ecgs.shards[split].key(places[0])
