@@ -29,7 +29,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # this folder has a shar
 from benchmarks.turns import ROOT, launch
 from toolkit.evaluation.blind import fit, predict
 from toolkit.evaluation.metrics import is_correct
-from toolkit.evaluation.statistics import patient_bootstrap
+from toolkit.evaluation.scores import mean_score
+from toolkit.evaluation.statistics import difference, estimate
 from toolkit.shards.reader import Shards
 from toolkit.tasks.prompts import reference_text
 
@@ -73,7 +74,7 @@ def tune(out: Path, variant: str, seed: int) -> None:
                 "--shards", out / "tasks", "--output_dir", tuned], ranks=1)  # fmt: skip
     if not (tuned / "judged" / "metrics.json").is_file():
         launch(["launchers/evaluate.py", "--model", tuned, "--shards", out / "tasks", "--split", SPLIT, "--output_dir", tuned / "judged",
-                "--max_new_tokens", 24], ranks=1)  # fmt: skip
+                "--max_new_tokens", 24, "--controls", "words"], ranks=1)  # fmt: skip
 
 
 def at_once(what: str, run, jobs: list[tuple], workers: int) -> None:
@@ -97,10 +98,10 @@ def scored(judged: Path, ids: list[str]) -> list[bool]:
     return [right[id] for id in ids]
 
 
-def majority(train: list[dict], tasks: list[dict]) -> np.ndarray:
-    """Exact match float [n] of the most frequent answer of the training split, for the same template and attributes."""
+def majority(train: list[dict], tasks: list[dict], attributes: bool) -> np.ndarray:
+    """Exact match float [n] of the most frequent answer of the training split, for the same template, and attributes."""
     baseline = fit(train)
-    return np.array([is_correct({"prediction": predict(baseline, task), "reference": reference_text(task)}) for task in tasks], float)
+    return np.array([is_correct({"prediction": predict(baseline, task, attributes), "reference": reference_text(task)}) for task in tasks], float)
 
 
 def table(out: Path, variants: list[str], seeds: list[int], beside: list[Path]) -> str:
@@ -113,7 +114,7 @@ def table(out: Path, variants: list[str], seeds: list[int], beside: list[Path]) 
     kind_of = np.array([task["question_type"] for task, _ in tasks])
     chosen = {kind: np.flatnonzero((kind_of == kind) | (kind == "all")) for kind in KINDS}
     asked, known = [task for task, _ in tasks], [task for i in range(len(train)) for task in train.meta(i)["tasks"]]
-    blind, template = majority(known, asked), majority(*([{**task, "attribute": None} for task in some] for some in (known, asked)))
+    blind, template = majority(known, asked, True), majority(known, asked, False)
     ids = [task["id"] for task in asked]
     found = {variant: np.array([scored(out / f"{variant}-{seed}" / "judged", ids) for seed in seeds], float) for variant in variants}
     lines = [f"| exact match, {len(seeds)} seeds | {' | '.join(KINDS)} |", "|---" * (1 + len(KINDS)) + "|"]
@@ -122,7 +123,8 @@ def table(out: Path, variants: list[str], seeds: list[int], beside: list[Path]) 
         """one, other: a score for each question."""
         cells = []
         for at in chosen.values():
-            mean, low, high = (100 * value for value in patient_bootstrap(one[at], None if other is None else other[at], patients[at]))
+            scores = [mean_score("exact_match", "Exact match", at, each[at]) for each in (one, other) if each is not None]
+            mean, low, high = (100 * value for value in (estimate if other is None else difference)(*scores, patients))
             sign = "" if other is None else "+"
             cells.append(f"{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f}){more(at)}")
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -16,6 +16,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from toolkit.evaluation.table import text_table
+
 RANKS = 2
 COMPLETE = {  # stage -> the file it writes last
     "data": "corpus.json", "manifest": "prepare.json", "tokenizer": "train_results.json", "shards": "index.json", "tasks": "index.json",
@@ -99,16 +103,13 @@ def throughput(out: Path, name: str) -> str:
 
 
 def table(out: Path, measured: list[dict]) -> str:
-    """What each stage cost, then the metrics beside the blind baseline."""
+    """What each stage cost, then the metrics beside their controls."""
     lines = [f"{'stage':<11}{'seconds':>9}{'peak MB':>9}   speed (memory: all processes together)"]
     for stage in measured:
         lines.append(f"{stage['stage']:<11}{stage['seconds']:>9.1f}{stage['peak_mb']:>9.0f}   {throughput(out, stage['stage'])}")
     lines.append(f"{'all':<11}{sum(s['seconds'] for s in measured):>9.1f}{max(s['peak_mb'] for s in measured):>9.0f}\n")
     metrics = json.loads((out / "evaluate" / "metrics.json").read_text())
-    lines.append(f"{'metric, %':<28}{'model':>8}{'blind':>8}")
-    pairs = [(f"exact match, {k}", metrics["exact_match"][k], metrics["blind"]["exact_match"][k]) for k in metrics["exact_match"]]
-    pairs += [(k, metrics["report"][k], metrics["blind"]["report"][k]) for k in ("bleu_1", "bleu_4", "rouge_l")]
-    lines += [f"{name:<28}{100 * model:>7.1f} {100 * blind:>7.1f}" for name, model, blind in pairs if None not in (model, blind)]
+    lines.append(text_table(metrics))
     return "\n".join(lines)
 
 

@@ -1,8 +1,12 @@
-"""Answer every task of a split and judge the answers, beside a baseline that never sees the ECG.
+"""Answer every task of a split and judge the answers, beside what is reached without looking at the ECG.
 
 deepspeed launchers/evaluate.py --model runs/demo/instruct --shards runs/demo/tasks --split test --output_dir runs/demo/evaluate
 
-Writes metrics.json, predictions.jsonl (one line a task) and report.html. The split is spread over the ranks; every task is answered once.
+Writes predictions.jsonl (one line a task, appended while it runs), metrics.json and report.html. The split is spread over the ranks; every task is answered
+once. Killed, the same command goes on with what is left, on any number of ranks.
+
+Controls, in the same table: the majority answer of the training split for the question's template (majority), and for what it asks about too (blind); the
+most frequent report; the model itself shown another patient's ECG (shuffled) or a flat one (flat). What it has more than shuffled, it reads from the ECG.
 """
 
 import json
@@ -15,165 +19,134 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from sharding.manifest import read_manifest
 from toolkit.errors import UserError
-from toolkit.evaluation import blind, metrics
-from toolkit.evaluation.cards import card, tokenizer_of
-from toolkit.evaluation.generate import answer_tasks
+from toolkit.evaluation import blind
+from toolkit.evaluation.answering import PREDICTIONS, answer_all, survey, write_rows
+from toolkit.evaluation.cards import ecgs, tokenizer_of
 from toolkit.evaluation.html_report import write_report
+from toolkit.evaluation.inputs import Inputs, other_patients
+from toolkit.evaluation.leak import check_leak, trained_on
+from toolkit.evaluation.metrics import read_classes
+from toolkit.evaluation.predict import kinds_of, ordinals, predict, speaker
+from toolkit.evaluation.table import table, text_table
 from toolkit.files import run_folder, write_text
-from toolkit.lm.continuous import ECGAdapter
+from toolkit.lm.backbone import backbone_digest
 from toolkit.lm.trained import load_trained
+from toolkit.shards.order import spaced
 from toolkit.shards.reader import Shards
-from toolkit.tasks.prompts import Prompts, reference_text
-from toolkit.tasks.vocabulary import ECGVocabulary
 from toolkit.tokenizer.features import ECGFeatures
-from toolkit.tokenizer.tokenizer import ECGTokenizer
 from toolkit.training.arguments import LaunchArguments, arg, as_record, parse
-from toolkit.training.distributed import Ranks, bf16_is_fast, launcher, start
+from toolkit.training.distributed import launcher, start, wants_bf16
 from toolkit.training.shards import ShardArguments, open_shards
 
-CARDS = 12  # ECGs drawn in the report
-SHOWN = ("BLEU-1", "bleu_1"), ("BLEU-4", "bleu_4"), ("ROUGE-L", "rouge_l")
-KEPT = ("id", "task", "question_type", "attribute_type", "template_id", "question")
+ARGUMENTS, METRICS = "arguments.json", "metrics.json"
+# what may differ when a folder is gone on with; `--model` and `--shards` are known by their digests
+FREE = ("shard_cache", "shard_cache_gb", "local_rank", "output_dir", "model", "shards", "train_shards", "on_leak")
 
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ShardArguments, LaunchArguments):
-    output_dir: str = arg("Folder of the results: metrics.json, predictions.jsonl, report.html. A folder that holds the same judgement is left as it is.")
+    output_dir: str = arg("Folder of the results: predictions.jsonl, metrics.json, report.html. The same command on an existing folder goes on.")
+    seed: int = arg("Seed of whose ECG stands in for whose, of noise and of the intervals.", 42)
     model: str = arg("Folder written by launchers/instruct.py (an adapter), launchers/pretrain.py or `python -m toolkit.lm.merge` (a model).")
     shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
-    split: Literal["train", "valid", "test"] = arg("Split to judge. The blind baseline is always fitted on train.", "test")
+    split: Literal["train", "valid", "test"] = arg("Split to judge. The majority answers are always those of train.", "test")
+    train_shards: list[str] = arg("Shards that the model was trained on, to refuse patients that are in both. Default: those that the model remembers.", [])
+    on_leak: Literal["error", "warn"] = arg(
+        "Where a patient of the split is in the training shards. error: stop. warn: go on, and say so beside the figures.", "error"
+    )
+    answers: Literal["free", "constrained"] = arg(
+        "free: what the model generates. constrained: the likeliest of the answers that there are to a question's template, and their likelihoods.", "free"
+    )
+    classes: str | None = arg("ECG-QA's answers_for_each_template.csv: what an answer may be. Default: what the training split answers.", None)
+    controls: Literal["all", "words"] = arg("all: the model is shown other ECGs too (three times the work). words: majority answers alone.", "all")
+    noise_db: list[float] = arg("Also show the ECG under added noise of these signal-to-noise ratios (dB); needs the recordings. 20 10 0, for example.", [])
     per_device_eval_batch_size: int = arg("ECGs (with all their questions) per rank and batch.", 8)
     max_new_tokens: int = arg("Longest answer or report.", 128)
     precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
+    report_ecgs: int = arg("ECGs of report.html, evenly spaced over the split, each with all its tasks and a drawing. 0: all.", 100)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.report_ecgs < 0:
+            raise UserError(f"--report_ecgs must be at least 0, not {self.report_ecgs}")
 
 
 def main() -> None:
     args = parse(EvaluateArguments, __doc__)
     started = time.time()
-    (shards, train), _ = open_shards(args, [args.split, "train"], "tasks")
-    dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and bf16_is_fast()) else torch.float32
-    model, tokenizer, vocabulary, prompts, adapter = load_trained(args.model, shards.index, dtype)
+    (shards,), _ = open_shards(args, [args.split], "tasks")
+    looked, leak = check_leak(shards, args.train_shards or trained_on(args.model), bool(args.train_shards), args)
+    classes = read_classes(args.classes) if args.classes else None
+    model, tokenizer, vocabulary, prompts, adapter = load_trained(args.model, shards.index, torch.bfloat16 if wants_bf16(args) else torch.float32)
     ecg_tokenizer = tokenizer_of(shards)
     features = ECGFeatures(ecg_tokenizer, adapter.mean, adapter.std) if adapter else None
     ranks, folder = start(), run_folder(args.output_dir)  # before the hours of generation, not after
-    made = {name: value for name, value in as_record(args).items() if name not in ("shard_cache", "shard_cache_gb")} | {"shards digest": shards.digest}
-    if (folder / "metrics.json").is_file() and json.loads((folder / "metrics.json").read_text())["made"] == made:
+    made = {name: value for name, value in as_record(args).items() if name not in FREE}
+    made |= {"shards digest": shards.digest, "model digest": backbone_digest(args.model, model)}
+    check_same(folder, made)
+    if (folder / METRICS).is_file():
         if ranks.main:
             print(f"{folder} is complete already")
         return
-    baseline = blind.fit(task for i in range(len(train)) for task in train.meta(i)["tasks"])
+    if ranks.main:
+        write_text(folder / ARGUMENTS, json.dumps(made, indent=2))
+        print(leak or f"no patient of {args.split} is in the training shards ({', '.join(looked)})", flush=True)
+    baseline, known = majorities(args, shards, looked)
+    classes = classes or (baseline["classes"] if baseline else None)
+    if args.answers == "constrained" and not classes:
+        raise UserError("--answers constrained: there is no training split to take the answers from; name ECG-QA's answers_for_each_template.csv by --classes")
     for module in (model, adapter) if adapter else (model,):
         module.to(ranks.device)
-    rows = gather(predict(model, tokenizer, vocabulary, prompts, shards, baseline, args, ranks, features, adapter), ranks)
+    asked = survey(shards)
+    patients = [one.patient for one in asked]
+    inputs = Inputs(shards, ecg_tokenizer, features, other_patients(patients, [one.n_ecgs for one in asked], args.seed), args.seed)
+    say = speaker((model, tokenizer, vocabulary, prompts), args.max_new_tokens, ranks.device, adapter, classes if args.answers == "constrained" else None)
+    kinds, numbers = kinds_of(args.controls, args.noise_db), ordinals(patients)
+    rows = answer_all(folder, asked, args.per_device_eval_batch_size, lambda batch: predict(batch, inputs, kinds, say, baseline, numbers), ranks)
     if ranks.main:
-        write_text(folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        scores = judge(rows, patients_of(rows, shards))
-        info = {
-            "model": args.model, "shards": args.shards, "split": args.split, "ECGs": len(shards), "tasks": len(rows),
+        write_rows(folder / PREDICTIONS, rows)
+        metrics = table(rows, classes)
+        metrics["notes"] += [leak] if leak else []
+        metrics["run"] = {
+            "model": args.model, "shards": args.shards, "split": args.split, "ECGs": len(shards), "patients": len(numbers), "tasks": len(rows),
+            "answers": args.answers, "majority answers of": known, "leak check": leak or f"no patient is in {', '.join(looked)}",
             "ranks": ranks.world, "seconds": round(time.time() - started, 1),
         }  # fmt: skip
-        write_report(folder / "report.html", scores, cards(shards, rows, ecg_tokenizer), info)
-        write_text(folder / "metrics.json", json.dumps({**scores, "run": info, "made": made}, indent=2))  # last: it says that all is there
-        for line in summary(scores):
-            print(line)
+        metrics["made"] = made
+        chosen = spaced(len(shards), args.report_ecgs or len(shards))
+        of_report = set(chosen)
+        write_report(folder / "report.html", metrics, [row for row in rows if row["sample"] in of_report], ecgs(shards, chosen, ecg_tokenizer), metrics["run"])
+        write_text(folder / METRICS, json.dumps(metrics, indent=2))  # last: it says that all is there
+        print(text_table(metrics))
         if empty := sum(not row["prediction"].strip() for row in rows):
             print(f"{empty} of {len(rows)} answers are empty: they count as wrong")
         print(f"report: {(folder / 'report.html').resolve()}")
 
 
-def predict(
-    model,
-    tokenizer,
-    vocabulary: ECGVocabulary,
-    prompts: Prompts,
-    shards: Shards,
-    baseline: dict,
-    args: EvaluateArguments,
-    ranks: Ranks,
-    features: ECGFeatures | None = None,
-    adapter: ECGAdapter | None = None,
-) -> list[dict]:
-    """This rank's rows of predictions.jsonl, each with the place of its sample. features, adapter: of a model that reads continuous ECGs."""
-    rows = []
-    # by number of ECGs, because those of a batch must be of one length
-    mine = sorted(range(ranks.rank, len(shards), ranks.world), key=lambda i: (int(shards.rows[i]["n_ecgs"]), i))
-    bar = tqdm(total=len(mine), desc="evaluate", unit="ECG", disable=None if ranks.main else True)
-    while mine:
-        n_ecgs = shards.rows[mine[0]]["n_ecgs"]
-        batch = [i for i in mine[: args.per_device_eval_batch_size] if shards.rows[i]["n_ecgs"] == n_ecgs]
-        mine = mine[len(batch) :]
-        metas = [shards.meta(i) for i in batch]
-        samples = [(shards.ids(i), meta, meta["tasks"]) for i, meta in zip(batch, metas)]
-        for codes, meta, _ in samples if features else ():
-            meta["features"] = features.of(shards, codes, meta)
-        given = answer_tasks(model, tokenizer, vocabulary, prompts, samples, args.max_new_tokens, ranks.device, adapter)
-        for i, (_, _, tasks), answers in zip(batch, samples, given):
-            for task, answer in zip(tasks, answers):
-                known = {name: task[name] for name in KEPT if name in task}
-                rows.append({**known, "sample": i, "prediction": answer, "reference": reference_text(task), "blind": blind.predict(baseline, task)})
-        bar.update(len(batch))
-    bar.close()
-    return rows
+def check_same(folder: Path, made: dict) -> None:
+    """Raises UserError if the folder holds, or began, another evaluation, naming what is different."""
+    path = folder / ARGUMENTS
+    if not path.is_file():
+        if (folder / PREDICTIONS).exists() or (folder / METRICS).exists():
+            raise UserError(f"--output_dir {folder} holds an evaluation of an older version; name a new folder")
+        return
+    before = json.loads(path.read_text())
+    differ = [f"{name} {before.get(name)!r}, not {made.get(name)!r}" for name in made | before if before.get(name) != made.get(name)]
+    if differ:
+        raise UserError(f"--output_dir {folder} holds the evaluation with {'; '.join(differ)}; name a new folder")
 
 
-def gather(rows: list[dict], ranks: Ranks) -> list[dict]:
-    """All ranks' rows on rank 0, in the order of the shards, whatever the number of ranks; an empty list elsewhere."""
-    parts = [None] * ranks.world if ranks.main else None
-    dist.gather_object(rows, parts)
-    return sorted((row for part in parts for row in part), key=lambda row: row["sample"]) if ranks.main else []
-
-
-def patients_of(rows: list[dict], shards: Shards) -> list[str]:
-    """The patient (a pseudonym) of each row, of two ECGs the first one's. Only for `judge`: no file of the results names patients."""
-    first = {i: shards.meta(i)["patients"][0] for i in {row["sample"] for row in rows}}
-    return [first[row["sample"]] for row in rows]
-
-
-def judge(rows: list[dict], patients: list[str]) -> dict:
-    """metrics.json: exact match and report scores, of the model and of the blind baseline, and how sure their difference is. patients: [len(rows)]."""
-    blind_rows = [{**row, "prediction": row["blind"]} for row in rows]
-    return {
-        "exact_match": metrics.exact_match(rows),
-        "report": metrics.report_scores(rows),
-        "blind": {"exact_match": metrics.exact_match(blind_rows), "report": metrics.report_scores(blind_rows)},
-        "over_blind": metrics.over_blind(rows, patients),
-        "counts": metrics.question_counts(rows),
-        "conventions": {
-            "exact_match": metrics.EXACT_MATCH_CONVENTION, "over_blind": metrics.OVER_BLIND_CONVENTION, "report": metrics.REPORT_CONVENTION,
-        },
-    }  # fmt: skip
-
-
-def summary(scores: dict) -> list[str]:
-    """A line for each question type that was asked: exact match, the blind baseline's, and the difference with its 95 % interval over patients; and of
-    reports three scores and the baseline's."""
-    lines = []
-    for kind, over in scores["over_blind"].items():
-        if over["n"]:
-            model, blind_too = (f"{100 * judged['exact_match'][kind]:5.1f} %" for judged in (scores, scores["blind"]))
-            difference, *interval = (f"{round(100 * over[name], 1) + 0.0:+.1f}" for name in ("difference", "low", "high") if over[name] is not None)
-            between = f" ({' to '.join(interval)})" if interval else ""
-            lines.append(f"{kind:>28}: exact match {model}   blind {blind_too}   difference {difference}{between}")
-    if scores["report"]["n"]:
-        said = (f"{name} {100 * scores['report'][key]:5.1f} (blind {100 * scores['blind']['report'][key]:.1f})" for name, key in SHOWN)
-        lines.append(f"{'reports':>28}: {'   '.join(said)}")
-    return lines
-
-
-def cards(shards: Shards, rows: list[dict], tokenizer: ECGTokenizer) -> list[dict]:
-    """A dozen ECGs evenly spaced over the split, so that the choice flatters nobody."""
-    try:
-        manifest = read_manifest(shards.folder / shards.index["manifest"])
-        recordings = dict(zip(manifest["record_id"], zip(manifest["path"], manifest["start"], manifest["array"])))
-    except UserError:  # the shards were moved without their manifest: the report draws reconstructions alone
-        recordings = {}
-    chosen = sorted({i * len(shards) // CARDS for i in range(CARDS)})
-    return [card(shards, i, [row for row in rows if row["sample"] == i], recordings, tokenizer) for i in chosen]
+def majorities(args: EvaluateArguments, shards: Shards, trained: list[str]) -> tuple[dict | None, str]:
+    """The majority answers of the dataset's own training split, which is harder to beat; if it has none, of what the model was trained on; and of which."""
+    for folder in [args.shards, *trained]:
+        try:
+            train = Shards.open(folder, "train", kind="tasks", cache=args.shard_cache, cache_gb=args.shard_cache_gb)
+        except UserError:
+            continue
+        return blind.fit(task for i in range(len(train)) for task in train.meta(i)["tasks"]), f"train of {folder}"
+    return None, "no training split at hand"
 
 
 if __name__ == "__main__":

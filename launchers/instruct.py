@@ -20,6 +20,7 @@ from toolkit.evaluation.cards import tokenizer_of
 from toolkit.files import digest
 from toolkit.lm import kernels
 from toolkit.lm.backbone import backbone_digest, load_backbone, save_stamp
+from toolkit.lm.carried import FOLDER
 from toolkit.lm.checkpointing import checkpoint_layers
 from toolkit.lm.continuous import ECGAdapter, fitted
 from toolkit.lm.flops import row_flops
@@ -39,7 +40,7 @@ from toolkit.training import ds_config
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
 from toolkit.training.distributed import launcher, start, sum_over_ranks, wants_bf16
 from toolkit.training.loop import Job, train
-from toolkit.training.shards import TrainingShardArguments, check_together, open_shards
+from toolkit.training.shards import TrainingShardArguments, check_together, open_shards, trained_on
 from toolkit.training.tuning import check_lora, exact_match, questions_of, shown
 from toolkit.training.untrained import prepare_backbone
 from toolkit.training.validation import mean_loss
@@ -118,6 +119,9 @@ def main() -> None:
     known = tuple(replace(share, weight=None) for share in mixture if share.name != TEXT)
     valid = TaskData(valid_shards, tokenizer, vocabulary, prompts, mixture=known, context=context, features=features and features.of)
     watched, how_asked = questions_of(valid, args.max_eval_answers), (tokenizer, vocabulary, prompts)
+    ecg_tokenizer = tokenizer_of(shards[0]) if "tokenizer_files" in shards[0].index else None
+    kinds = {kind: "report" if kind == "report" else "ecgqa" for folder in shards for kind in folder.index["splits"]["train"].get("tasks", {})}
+    tuned_on = sorted(kind for kind, task in kinds.items() if any(share.wants({"task": task, "question_type": kind}) for share in mixture))
 
     def loss(engine, row):
         return engine(row)
@@ -140,7 +144,11 @@ def main() -> None:
             tokenizer.save_pretrained(folder)
             if module.adapter:
                 module.adapter.save(folder, of_adapter)
-            save_stamp(folder, shards[0].index, knows_text=True, prompts=asdict(prompts), **({"ecg_input": args.ecg_input} if module.adapter else {}))
+            if ecg_tokenizer:
+                ecg_tokenizer.save_pretrained(folder / FOLDER)
+            more = {"ecg_input": args.ecg_input} if module.adapter else {}
+            more |= {"prompts": asdict(prompts), "tuned_on": tuned_on, "trained_on": trained_on(stamp, args.shards)}
+            save_stamp(folder, shards[0].index, knows_text=True, **more)
 
     identity = {"shards digest": ", ".join(folder.digest for folder in shards), "skipped shards": [skipped for _, skipped in folders],
                 "text digest": digest(args.text) if args.text else None, "backbone digest": backbone_digest(backbone, model)}  # fmt: skip

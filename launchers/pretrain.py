@@ -20,6 +20,7 @@ from toolkit.errors import UserError
 from toolkit.evaluation.cards import tokenizer_of
 from toolkit.lm import kernels
 from toolkit.lm.backbone import STAMP, backbone_digest, check_stamp, load_backbone, save_stamp
+from toolkit.lm.carried import FOLDER
 from toolkit.lm.checkpointing import checkpoint_layers
 from toolkit.lm.flops import row_flops
 from toolkit.lm.model import PackedLM
@@ -33,7 +34,7 @@ from toolkit.tasks.data import ForecastData
 from toolkit.training.arguments import LanguageModelArguments, arg, parse
 from toolkit.training.distributed import launcher, start, sum_over_ranks
 from toolkit.training.loop import Job, train
-from toolkit.training.shards import TrainingShardArguments, open_shards
+from toolkit.training.shards import TrainingShardArguments, open_shards, trained_on
 from toolkit.training.validation import mean_loss
 from toolkit.training.zero3 import place_backbone, whole_state
 
@@ -107,7 +108,9 @@ def main() -> None:
         if ranks.main:
             model.save_pretrained(folder, state_dict=merged_state(state, module.lm))
             tokenizer.save_pretrained(folder)
-            save_stamp(folder, shards.index, knows_text)
+            if ecg_tokenizer:
+                ecg_tokenizer.save_pretrained(folder / FOLDER)
+            save_stamp(folder, shards.index, knows_text, trained_on=trained_on(stamp, [args.shards]))
 
     identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": backbone_digest(args.backbone, model)}
     flops = row_flops(lm, head_rows and len(head_rows))

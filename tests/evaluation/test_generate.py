@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from toolkit.evaluation.generate import answer_rows, answer_tasks
+from toolkit.evaluation.generate import answer_rows, answer_tasks, tree
 from toolkit.lm.attention import plain_attention
 from toolkit.tasks.prompts import Prompts, end_id, prompt_ids, shared_ids
 
@@ -49,7 +49,9 @@ def test_answers_equal_those_of_generate_one_by_one(tiny_with_gains, how):
                 ids = [*shared_ids(tokenizer, vocabulary, prompts, codes, meta), *prompt_ids(tokenizer, vocabulary, prompts, codes, meta, task)]
                 out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False, bad_words_ids=ecg_ids,
                                      eos_token_id=end, pad_token_id=2)  # fmt: skip
-                assert tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip() == answer
+                assert tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True).strip() == answer.prediction
+                logits = model(out).logits[0, len(ids) - 1 : -1, : vocabulary.start]
+                assert logits.log_softmax(-1).gather(1, out[0, len(ids) :, None]).sum().item() == pytest.approx(answer.loglik, abs=1e-3)
 
 
 def test_two_ecgs_make_one_prefix(tiny_with_gains):
@@ -58,8 +60,15 @@ def test_two_ecgs_make_one_prefix(tiny_with_gains):
     assert len(shared_ids(tokenizer, vocabulary, Prompts(), pair, meta)) == 1 + 2 * (315 + 12)
     rows = [(pair, meta, tasks("Compared?")), (pair[:1], {"gains": meta["gains"][:1]}, tasks("Alone?"))]
     with plain_attention(model):
-        mixed = answer_tasks(model, tokenizer, vocabulary, Prompts(), rows, 4, "cpu")  # padded before the shorter prefix
-        assert mixed == [answer_tasks(model, tokenizer, vocabulary, Prompts(), [row], 4, "cpu")[0] for row in rows]
+        mixed = answer_tasks(model, tokenizer, vocabulary, Prompts(), rows, 4, "cpu")  # padded after the shorter prefix
+        alone = [answer_tasks(model, tokenizer, vocabulary, Prompts(), [row], 4, "cpu")[0] for row in rows]
+    assert [[one.prediction for one in some] for some in mixed] == [[one.prediction for one in some] for some in alone]
+    assert [one.loglik for some in mixed for one in some] == pytest.approx([one.loglik for some in alone for one in some], abs=1e-3)
+
+
+def test_what_questions_begin_with_is_read_once():
+    nodes = tree([[7, 8, 9], [7, 8], [7, 6, 9], []], 100)
+    assert nodes == [(7, 100, [0, 1, 2]), (8, 101, [0, 1]), (9, 102, [0]), (6, 101, [2]), (9, 102, [2])]
 
 
 def test_rows_for_the_metrics(tiny):

@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # A launcher's main() called by a test leaves these behind, and its port is in use.
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
+EVALUATE = ["--max_new_tokens", 8, "--per_device_eval_batch_size", 1, "--precision", "fp32"]
+
 
 def run(*words, timeout=300, **environment) -> subprocess.CompletedProcess:
     """Run a command in the project's root; stdout and stderr together."""
@@ -52,5 +54,5 @@ def line(tmp_path_factory):
     check(deepspeed("launchers/instruct.py", *zero[2], "--backbone", out / "pretrain", "--shards", tasks, "--output_dir", out / "instruct",
                     "--max_steps", 3, "--gradient_checkpointing", "full"))  # fmt: skip
     check(deepspeed("launchers/evaluate.py", "--model", out / "instruct", "--shards", tasks, "--split", "test", "--output_dir", out / "evaluate",
-                    "--max_new_tokens", 8))  # fmt: skip
+                    *EVALUATE))  # fmt: skip
     return out

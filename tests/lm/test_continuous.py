@@ -129,13 +129,20 @@ def test_gradients_reach_the_layer_also_from_text_alone(tiny):
 def test_answers(tiny_with_gains, style):
     model, tokenizer, vocabulary = tiny_with_gains
     how, single = (tokenizer, vocabulary, STYLES[style]), samples()[:2]
+
+    def said(samples, adapter=None):
+        """Texts, and how likely they were, of all answers."""
+        given = [one for some in answer_tasks(model, *how, samples, 8, "cpu", adapter) for one in some]
+        return [one.prediction for one in given], pytest.approx([one.loglik for one in given], abs=1e-3)
+
     with plain_attention(model):
-        answers = answer_tasks(model, *how, single, 8, "cpu", one_hot(model, vocabulary))
-        assert answers == answer_tasks(model, *how, [without_features(sample) for sample in single], 8, "cpu")
+        answers = said(single, one_hot(model, vocabulary))
+        assert answers[0] == said([without_features(sample) for sample in single])[0]
         adapter, others = drawn(vocabulary), samples(WIDTH)
-        batched = answer_tasks(model, *how, others, 8, "cpu", adapter)  # a pair among single ones: the shorter are padded
-        assert batched == [answer_tasks(model, *how, [sample], 8, "cpu", adapter)[0] for sample in others]
-    assert answers != batched[:2]
+        texts, logliks = said(others, adapter)  # a pair among single ones: the shorter are padded
+        alone = [said([sample], adapter) for sample in others]
+        assert texts == [text for some, _ in alone for text in some] and logliks == [value for _, some in alone for value in some.expected]
+    assert answers[0] != texts[: len(answers[0])]
 
 
 def test_the_first_layer_is_the_nearest_to_the_rows(tiny):

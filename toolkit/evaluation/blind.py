@@ -1,8 +1,9 @@
-"""The blind baseline: the best answer for a question without looking at the ECG.
+"""The blind baselines: the best answer for a question without looking at the ECG.
 
-It answers with the majority of the training split, so a model that does not beat it has learned the priors of the
-templates and nothing of the signal. A constant report alone reaches BLEU-4 18.2 under a common convention on PTB-XL
-(PAPER.md, section 2, item 22), so every score is shown beside this one.
+They answer with the majority of the training split, so a model that does not beat them has learned the priors of the
+templates and nothing of the signal. `majority` knows the template of the question alone; `blind` also the attributes that it
+names ("A or B?"). For reports both say the most frequent one, which alone reaches BLEU-4 18.2 under a common convention on 136 reports of
+PTB-XL, so every score is shown beside theirs.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from toolkit.tasks.answers import join_answers
 
 # A plain dict, so that it can be written to JSON beside the metrics:
-# {"answers": {key: joined answer}, "report": most frequent report}
+# {"answers": {key: joined answer}, "report": most frequent report, "classes": {template: the single answers that it ever had}}
 BlindBaseline = dict
 
 
@@ -24,12 +25,14 @@ def fit(train_tasks: Iterable[dict]) -> BlindBaseline:
     the tasks does not matter. Raises ValueError on an unknown task.
     """
     answers: dict[str, Counter] = defaultdict(Counter)
+    classes: dict[int, set[str]] = defaultdict(set)
     reports: Counter = Counter()
     for task in train_tasks:
         if task["task"] == "report":
             reports[task["report"]] += 1
         elif task["task"] == "ecgqa":
             answer = join_answers(task["answer"])
+            classes[task["template_id"]].update(task["answer"])
             for key in _keys(task):
                 answers[key][answer] += 1
         else:
@@ -37,17 +40,18 @@ def fit(train_tasks: Iterable[dict]) -> BlindBaseline:
     return {
         "answers": {key: _majority(counts) for key, counts in sorted(answers.items())},
         "report": _majority(reports) if reports else "",
+        "classes": {template: sorted(known) for template, known in classes.items()},
     }
 
 
-def predict(baseline: BlindBaseline, task: dict) -> str:
+def predict(baseline: BlindBaseline, task: dict, attributes: bool = True) -> str:
     """The blind answer (joined) or report for one task; "" when training had nothing of its kind.
 
-    A question falls back from (template, attributes) to template, question type, and all questions.
+    A question falls back from (template, attributes), left out without `attributes`, to template, question type, and all questions.
     """
     if task["task"] == "report":
         return baseline["report"]
-    return next((baseline["answers"][key] for key in _keys(task) if key in baseline["answers"]), "")
+    return next((baseline["answers"][key] for key in _keys(task)[not attributes :] if key in baseline["answers"]), "")
 
 
 def _keys(task: dict) -> list[str]:

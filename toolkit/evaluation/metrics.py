@@ -1,121 +1,152 @@
-"""Scores of prediction rows: exact match for questions, BLEU and ROUGE-L for reports.
+"""Scores of prediction rows: exact match, F1 and invalid answers for questions; BLEU, METEOR and ROUGE for reports (`text.py`).
 
-A prediction row is a dict `{"id", "task": "ecgqa" | "report", "question_type", "prediction": str, "reference": str}`;
-several answers to one question stand in one string, joined by `toolkit.tasks.answers.ANSWER_SEPARATOR`.
-Every number here is a fraction in 0..1; the conventions below belong beside the numbers, because at least four
-incompatible definitions of BLEU are in use for ECG reports.
+A prediction row is a dict `{"id", "task": "ecgqa" | "report", "question_type", "template_id", "prediction": str, "reference": str, ...}`;
+several answers to one question stand in one string, joined by `toolkit.tasks.answers.ANSWER_SEPARATOR`. What is judged may also be other
+texts than the column "prediction", such as a control's, so `ecgqa_scores` and `report_scores` take them beside the rows.
+Every score is a fraction in 0..1. `CONVENTIONS` belongs beside the numbers.
 """
 
-import math
+import ast
+import csv
+import os
 from collections import Counter
 from collections.abc import Sequence
 
-from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu.metrics import BLEU
-
-from toolkit.evaluation.statistics import patient_bootstrap
+from toolkit.errors import UserError, first_line
+from toolkit.evaluation import text
+from toolkit.evaluation.scores import Score, mean_score
 from toolkit.tasks.answers import split_answers
 
+TASKS = ("ecgqa", "report")
 SINGLE_QUESTION_TYPES = ("single-verify", "single-choose", "single-query")
 
-EXACT_MATCH_CONVENTION = (
-    "set equality of the normalised answers (lower case, stripped, split on the answer separator); overall is the "
-    "micro average over questions; an empty prediction scores 0"
-)
-REPORT_CONVENTION = (
-    "BLEU-n: sacrebleu corpus BLEU of order n, nrefs:1 case:lc eff:no tok:13a smooth:exp; ROUGE-L: rouge-score F1 "
-    "without stemming, mean over reports; an empty prediction scores 0 and is never dropped"
-)
-OVER_BLIND_CONVENTION = (
-    "exact match minus that of the blind baseline on the same questions, with a 95 % percentile interval of 2,000 bootstrap "
-    "draws of patients, each with all questions; a question about ECGs of two patients is the first one's; the model and "
-    "the baseline stay as they are in all draws"
-)
-
-_MAX_ORDER = 4
-
-
-def question_counts(rows: Sequence[dict]) -> dict[str, int]:
-    """Number of questions per question type, the three single types always and first, then others by name."""
-    found = Counter(row["question_type"] for row in _of_task(rows, "ecgqa"))
-    others = sorted(set(found) - set(SINGLE_QUESTION_TYPES))
-    return {kind: found[kind] for kind in (*SINGLE_QUESTION_TYPES, *others)}
+CONVENTIONS = {
+    "exact_match": (
+        'set equality of the normalised answers (lower case, stripped, split on the answer separator "; "); over all questions it is the micro average, '
+        "and an empty prediction scores 0"
+    ),
+    "answer_f1": (
+        'mean over questions of a type that ends in "query" of F1 = 2 |prediction and reference| / (|prediction| + |reference|), both as the sets of '
+        "exact match; an empty prediction scores 0"
+    ),
+    "invalid": (
+        "share of predictions that are empty or hold an answer outside the template's classes, right or wrong; over questions whose template has classes"
+    ),
+    **text.CONVENTIONS,
+}
 
 
-def is_correct(row: dict, by: str = "prediction") -> bool:
-    """Whether the answers by the model, or with `by` "blind" by the baseline, are the set of the reference's answers."""
-    return split_answers(row[by]) == split_answers(row["reference"])
+def is_correct(row: dict) -> bool:
+    """Whether the answers of the prediction are the set of the reference's answers."""
+    return split_answers(column(row, "prediction")) == split_answers(column(row, "reference"))
 
 
 def exact_match(rows: Sequence[dict]) -> dict[str, float | None]:
-    """Fraction of questions whose set of answers equals the reference set.
+    """Fraction of questions whose set of answers equals the reference set; reports among the rows are passed over.
 
-    Returns `{"overall": micro average, "<question_type>": fraction, ...}`; None stands where there is no question.
-    Raises ValueError on a row of an unknown task.
+    Returns `{"overall": micro average, "<question_type>": fraction, ...}`, the three single types always and first, then the others by name; None
+    stands where there is no question. Raises UserError on a row of an unknown task or without a column.
     """
-    right = Counter(row["question_type"] for row in _of_task(rows, "ecgqa") if is_correct(row))
-    asked = question_counts(rows)
-    scores = {"overall": _fraction(sum(right.values()), sum(asked.values()))}
-    return scores | {kind: _fraction(right[kind], n) for kind, n in asked.items()}
+    questions = [rows[i] for i in places(rows, "ecgqa")]
+    asked = Counter(column(row, "question_type") for row in questions)
+    right = Counter(row["question_type"] for row in questions if is_correct(row))
+    kinds = (*SINGLE_QUESTION_TYPES, *sorted(set(asked) - set(SINGLE_QUESTION_TYPES)))
+    found = {"overall": (right.total(), asked.total()), **{kind: (right[kind], asked[kind]) for kind in kinds}}
+    return {kind: part / whole if whole else None for kind, (part, whole) in found.items()}
 
 
-def over_blind(rows: Sequence[dict], patients: Sequence[str]) -> dict[str, dict[str, float | int | None]]:
-    """How much better than the blind baseline the model answers, per question type and overall, by `OVER_BLIND_CONVENTION`.
+def ecgqa_scores(rows: Sequence[dict], predictions: Sequence[str], classes: dict[int, list[str]] | None) -> list[Score]:
+    """exact_match of all questions; answer_f1 of query questions; with classes, invalid of those questions whose template has some.
 
-    rows: predictions, with the baseline's answer as "blind". patients: [len(rows)], the patient of each.
-    Returns `{"overall": {"difference", "low", "high", "n", "patients"}, "<question_type>": ...}`, difference, low and high as
-    fractions in -1..1 or None (see `patient_bootstrap`), n questions of so many patients. Raises ValueError on a row of an unknown task.
+    predictions: [len(rows)], what is judged of each row. classes: of `read_classes`. A score of no row is left out. A question type
+    that ECG-QA does not have counts like any other. Raises UserError without rows, and on a row of an unknown task, without a column or
+    with a reference that holds no answer; ValueError if predictions do not fit the rows.
     """
-    asked = {kind: [] for kind in ("overall", *question_counts(rows))}
-    for row, patient in zip(rows, patients, strict=True):
-        if row["task"] == "ecgqa":
-            judged = is_correct(row), is_correct(row, "blind"), patient
-            asked["overall"].append(judged)
-            asked[row["question_type"]].append(judged)
-    compared = {}
-    for kind, judged in asked.items():
-        right, blind, whose = zip(*judged) if judged else ((), (), ())
-        difference, low, high = patient_bootstrap(right, blind, whose)
-        compared[kind] = {"difference": difference, "low": low, "high": high, "n": len(right), "patients": len(set(whose))}
-    return compared
+    questions = _judged(rows, predictions, "ecgqa")
+    wanted = {i: split_answers(column(rows[i], "reference")) for i in questions}
+    for i in questions:
+        if not wanted[i]:
+            raise UserError(f"{_name(rows[i])}: the column 'reference' holds no answer")
+    given = {i: split_answers(predictions[i]) for i in questions}
+    queries = [i for i in questions if column(rows[i], "question_type").endswith("query")]
+    closed = [i for i in questions if rows[i].get("template_id") in (classes or {})]
+    allowed = {template: frozenset().union(*map(split_answers, answers)) for template, answers in (classes or {}).items()}
+
+    judged = (
+        ("exact_match", "Exact match", questions, lambda i: given[i] == wanted[i]),
+        ("answer_f1", "Answer F1 (query)", queries, lambda i: 2 * len(given[i] & wanted[i]) / (len(given[i]) + len(wanted[i]))),
+        ("invalid", "Invalid answers", closed, lambda i: not given[i] or not given[i] <= allowed[rows[i]["template_id"]]),
+    )
+    return [mean_score(name, label, at, [score(i) for i in at]) for name, label, at, score in judged if at]
 
 
-def report_scores(rows: Sequence[dict]) -> dict[str, float | int | None]:
-    """BLEU-1..4 and ROUGE-L of the report rows, by `REPORT_CONVENTION`.
+def report_scores(rows: Sequence[dict], predictions: Sequence[str]) -> list[Score]:
+    """The scores of `text.text_scores` of the report rows; [] where there is none.
 
-    Returns `{"bleu_1", ..., "bleu_4", "rouge_l", "n"}`; the scores are None when there is no report.
-    Raises ValueError on a row of an unknown task.
+    predictions: [len(rows)], what is judged of each row. Raises UserError without rows, and on a row of an unknown task or without a
+    reference; ValueError if predictions do not fit the rows.
     """
-    reports = _of_task(rows, "report")
-    names = [f"bleu_{order}" for order in range(1, _MAX_ORDER + 1)]
+    reports = _judged(rows, predictions, "report")
     if not reports:
-        return dict.fromkeys([*names, "rouge_l"]) | {"n": 0}
-
-    # force: without it sacrebleu warns that text ending in " ." looks tokenised, which ECG reports may well do.
-    corpus = BLEU(lowercase=True, tokenize="13a", smooth_method="exp", max_ngram_order=_MAX_ORDER, force=True)
-    counted = corpus.corpus_score([row["prediction"] for row in reports], [[row["reference"] for row in reports]])
-    scores = {}
-    for order, name in enumerate(names, start=1):
-        # Lower orders use the same n-gram counts, so the corpus is tokenised and counted once, not four times.
-        bleu = BLEU.compute_bleu(
-            counted.counts[:order], counted.totals[:order], counted.sys_len, counted.ref_len,
-            smooth_method="exp", max_ngram_order=order,
-        )  # fmt: skip
-        scores[name] = min(bleu.score / 100, 1.0)  # a perfect corpus comes back as 100.00000000000004
-
-    rouge = RougeScorer(["rougeL"], use_stemmer=False)
-    each = (rouge.score(row["reference"], row["prediction"])["rougeL"].fmeasure for row in reports)
-    # fsum: the exact sum, so that the order in which ranks delivered the rows cannot move the last digit.
-    return scores | {"rouge_l": math.fsum(each) / len(reports), "n": len(reports)}
+        return []
+    return text.text_scores(reports, [column(rows[i], "reference") for i in reports], [predictions[i] for i in reports])
 
 
-def _of_task(rows: Sequence[dict], task: str) -> list[dict]:
-    # A misspelt task must not vanish from every denominator unseen.
+def read_classes(path: str | os.PathLike) -> dict[int, list[str]]:
+    """Template -> its possible answers, from ECG-QA's answers_for_each_template.csv: columns template_id and classes, a Python list.
+
+    Raises UserError naming --classes and the line.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = csv.DictReader(file)
+            if not {"template_id", "classes"} <= set(lines.fieldnames or ()):
+                raise UserError(f"--classes: {path} has no columns template_id and classes; it is to be ECG-QA's answers_for_each_template.csv")
+            classes: dict[int, list[str]] = {}
+            for line in lines:
+                template, answers = _classes_of(line, f"--classes: line {lines.line_num} of {path}")
+                if template in classes:
+                    raise UserError(f"--classes: line {lines.line_num} of {path}: template {template} was there before")
+                classes[template] = answers
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--classes: {path} cannot be read: {first_line(error)}") from None
+    if not classes:
+        raise UserError(f"--classes: {path} holds no template")
+    return classes
+
+
+def _classes_of(line: dict, where: str) -> tuple[int, list[str]]:
+    try:
+        template, answers = int(line["template_id"]), ast.literal_eval(line["classes"])
+    except (TypeError, ValueError, SyntaxError):
+        raise UserError(f"{where}: a template number and a list such as \"['no', 'yes']\" are to stand there") from None
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
+        raise UserError(f"{where}: classes is to be a list of answers, such as ['no', 'yes']")
+    return template, answers
+
+
+def places(rows: Sequence[dict], task: str) -> list[int]:
+    """Where the rows of a task are. Raises UserError on a row of an unknown task: a misspelt one must not vanish from every denominator unseen."""
     for row in rows:
-        if row["task"] not in ("ecgqa", "report"):
-            raise ValueError(f"prediction row {row.get('id')!r}: task {row['task']!r} is neither 'ecgqa' nor 'report'")
-    return [row for row in rows if row["task"] == task]
+        if column(row, "task") not in TASKS:
+            raise UserError(f"{_name(row)}: task {row['task']!r} is neither 'ecgqa' nor 'report'")
+    return [i for i, row in enumerate(rows) if row["task"] == task]
 
 
-def _fraction(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+def column(row: dict, name: str) -> str:
+    """A text column of a prediction row. Raises UserError naming row and column if it is missing or no text."""
+    if not isinstance(row.get(name), str):
+        raise UserError(f"{_name(row)}: " + (f"the column {name!r} is {row[name]!r}, not a text" if name in row else f"the column {name!r} is missing"))
+    return row[name]
+
+
+def _judged(rows: Sequence[dict], predictions: Sequence[str], task: str) -> list[int]:
+    if not rows:
+        raise UserError("there is no prediction to judge: the split or the file is empty")
+    if len(predictions) != len(rows):
+        raise ValueError(f"{len(predictions)} predictions for {len(rows)} rows")
+    return places(rows, task)
+
+
+def _name(row: dict) -> str:
+    return f"prediction row {row.get('id')!r}"

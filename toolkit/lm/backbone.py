@@ -124,7 +124,7 @@ STAMP = "heartspeed.json"
 
 def save_stamp(folder: Path, index: dict, knows_text: bool, **more) -> None:
     """Write beside a model which ECG tokenizer its ECG tokens mean, whether it ever was trained on text (`tiny` was not), and what else is to be known
-    of it: the `prompts` that it was tuned on."""
+    of it: the `prompts` that it was tuned on, the shards it was `trained_on`."""
     stamp = {name: index[name] for name in ("tokenizer", "codes", "levels")}
     write_text(folder / STAMP, json.dumps({**stamp, "knows_text": knows_text, **more}, indent=2))
 

@@ -17,6 +17,7 @@ import transformers
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.files import new_folder
 from toolkit.lm.backbone import STAMP
+from toolkit.lm.carried import FOLDER, carried_in
 from toolkit.lm.continuous import FILE
 from toolkit.lm.trained import ADAPTER, backbone_of, load_merged
 
@@ -26,7 +27,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m toolkit.lm.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", required=True, type=Path, help="folder written by launchers/instruct.py")
-    parser.add_argument("--out", required=True, type=Path, help="new folder, for the model, its tokenizer and its stamp")
+    parser.add_argument("--out", required=True, type=Path, help="new folder, for the model, its tokenizers and its stamp")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights that are written (default: fp32)")
     args = parser.parse_args(argv)
     if args.out.exists():
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         shutil.copy(args.adapter / STAMP, folder / STAMP)  # the same ECG tokens and prompts
+        if carried := carried_in(args.adapter):
+            shutil.copytree(carried, folder / FOLDER)
     print(f"{args.out}: {model.num_parameters():,} parameters in {args.precision}. Research software; not for diagnosis.")
 
 

@@ -58,6 +58,11 @@ class ECGFeatures:
                 self._kept[key] = features
         return features
 
+    def encode(self, ecgs: np.ndarray) -> np.ndarray:
+        """float16 [B * 313, D], as `of` gives them, of ECGs float32 [B, 12, 5000] that are not those of the shards."""
+        features = self.tokenizer.features(ecgs)
+        return ((features.reshape(-1, features.shape[-1]) - self.mean) / self.std).astype(np.float16)
+
     def _raw(self, shards: Shards, codes: np.ndarray, meta: dict) -> np.ndarray:
         """float32 [n_ecgs * 313, D], not standardised."""
         features = self.tokenizer.features(np.stack([self._read(shards, meta["source"], record) for record in meta["record_ids"]]))
@@ -83,13 +88,16 @@ class ECGFeatures:
             raise UserError(f"{FLAG}: the recording {place[0]} cannot be read ({error}); put it back, or tune with --ecg_input tokens") from error
 
 
-def recordings(shards: Shards) -> dict[tuple[str, str], tuple[str, float, str]]:
-    """(source, record id) -> (path, start, array) of the ECGs in the manifest of shards; of a record's windows the first, as tasks are joined."""
+def recordings(shards: Shards, flag: str = FLAG, mend: str = "tune with --ecg_input tokens") -> dict[tuple[str, str], tuple[str, float, str]]:
+    """(source, record id) -> (path, start, array) of the ECGs in the manifest of shards; of a record's windows the first, as tasks are joined.
+
+    Raises UserError naming `flag` and the mend.
+    """
     try:
         manifest = read_manifest(Path(shards.folder) / shards.index["manifest"])
     except (KeyError, UserError) as error:
         raise UserError(
-            f"{FLAG}: reads the recordings, and the manifest of {shards.folder} is not at hand ({error}); put it there, or tune with --ecg_input tokens"
+            f"{flag}: reads the recordings, and the manifest of {shards.folder} is not at hand ({error}); put it there, or {mend}"
         ) from error
     found: dict = {}
     columns = manifest.sort_values("key")[["source", "record_id", "path", "start", "array"]]

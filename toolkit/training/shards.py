@@ -2,13 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch.distributed as dist
 
 from toolkit.errors import UserError
 from toolkit.shards.reader import Shards, locate
-from toolkit.shards.remote import CACHE, CACHE_GB
+from toolkit.shards.remote import CACHE, CACHE_GB, is_url
 from toolkit.shards.verify import find_bad
 from toolkit.training.arguments import arg
 from toolkit.training.distributed import start
@@ -66,6 +67,11 @@ def _check_budget(split: str, names: list[str], entry: dict, budget: float, main
         raise UserError(f"--shards: {text}; mend them (`python -m sharding.verify shards` says how) or raise --bad_shard_budget, now {budget}")
     if main:
         print(f"{text}; training without them", flush=True)
+
+
+def trained_on(stamp: dict | None, shards: list[str]) -> list[str]:
+    """What a model's stamp remembers of shards, so that its evaluation sees that no patient of theirs is judged: these, and those of the backbone."""
+    return list(dict.fromkeys([*(stamp or {}).get("trained_on", []), *(one if is_url(one) else str(Path(one).resolve()) for one in shards)]))
 
 
 def check_together(train: list[Shards], valid: list[Shards]) -> None:

@@ -49,7 +49,7 @@ def shown(engine, how: Asked, samples: list[Sample], ranks: Ranks) -> Shown:
     with plain_attention(engine.module.lm) as plain:
         answers = answer_tasks(plain, *how, samples, SHOWN, ranks.device, engine.module.adapter, _rank_0s if together else None)
     pairs = [(task, given) for (*_, tasks), some in zip(samples, answers) for task, given in zip(tasks, some)]
-    return Shown(texts={"samples": "\n\n".join(f"{question_text(task)} {given} (reference: {reference_text(task)})" for task, given in pairs)})
+    return Shown(texts={"samples": "\n\n".join(f"{question_text(task)} {given.prediction} (reference: {reference_text(task)})" for task, given in pairs)})
 
 
 def check_lora(module, ranks: Ranks) -> None:
