@@ -9,7 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["toolkit*", "sharding*", "launchers*"]),
-    package_data={"toolkit.evaluation": ["*.j2"], "toolkit.tasks": ["*.txt"]},
+    package_data={"toolkit.evaluation": ["*.j2", "*.css", "*.js"], "toolkit.tasks": ["*.txt"]},
     install_requires=[
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.11,<2.14",
@@ -36,9 +36,13 @@ setup(
         "pydantic>=2",  # deepspeed's own checks of a configuration
         "sacrebleu>=2.4,<3",
         "rouge-score>=0.1.2",
+        "nltk>=3.9",  # BLEU by sentence, METEOR
+        "rouge==1.0.1",  # the authors' ROUGE, for --compat heartllm
+        "krippendorff>=0.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "nltk>=3.9", "ruff>=0.12"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "ruff>=0.12", "umap-learn>=0.5.7", "playwright>=1.50"],
+        "umap": ["umap-learn>=0.5.7"],  # toolkit.evaluation.modality_gap
         "gpu": ["liger-kernel>=0.8", "bitsandbytes>=0.48"],
     },
 )

@@ -20,8 +20,11 @@ def browser():
 
 @pytest.fixture
 def opens(browser):
-    """opens(path, hash="", ready="body") -> the page of a file, loaded anew, when it has an element like `ready`. When the test ends, nothing but these files may have been asked for (`page.asked`)
-    and nothing logged or thrown (`page.said`); a test that expects such a thing takes it off these lists."""
+    """opens(path, hash="", ready="body") -> the page of a file, loaded anew, when it has an element like `ready`.
+
+    When the test ends, nothing but these files may have been asked for (`page.asked`) and nothing logged or thrown (`page.said`); a test that expects such
+    a thing takes it off these lists.
+    """
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.said, page.asked, files = [], [], set()
     page.on("console", lambda message: page.said.append(message.text))

@@ -2,7 +2,8 @@
 
 The rules are for machine reports in the wording of PTB-XL (English, translated, and the German that most of its reports are in) and of
 MIMIC-IV-ECG, terse ones without punctuation too. They are no model of language: what they miss, they miss in reference and prediction alike.
-The list is that of the ECG-FM labeller with what PTB-XL and ECG-QA ask for besides: axis, hypertrophy, ST and T, QT, voltage, "normal ECG".
+The list follows that of the ECG-FM labeller (its kinds of tachycardia as one), with what PTB-XL and ECG-QA ask for besides: axis, hypertrophy,
+ST and T, QT, voltage, "normal ECG".
 """
 
 import re

@@ -34,7 +34,7 @@ FEWER_IS_BETTER = ("invalid",)
 FILTERS = {"type": "Question type", "attribute": "Attribute", "label": "Diagnosis", "result": "Right or wrong", "site": "Site"}  # as report.js names them
 MISSING = "–"  # a score that is not defined
 
-STEP = 0.005  # 5 uV: a tenth of a pixel at the page's usual size
+STEP = 0.005  # 5 uV: a fifth of a pixel at the page's usual size
 TEXTED = ("question_type", "attribute_type", "question", "reference", "prediction", "site")
 FIELDS = ("id", "task", *TEXTED, "template_id", "loglik", "sample", "correct", "score", "labels", "controls")
 

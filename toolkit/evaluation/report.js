@@ -11,7 +11,7 @@ const cases = packed.rows.map((values, place) => {
   row.controls = row.controls.map(([name, text]) => [packed.texts[name], packed.texts[text]]);
   return { ...row, place: place + 1, drawn: packed.ecgs[row.sample] !== undefined };
 });
-const { compare: alphabetical } = new Intl.Collator("en", { numeric: true }); // 10 after 2; made once, 20 times as fast as localeCompare
+const { compare: alphabetical } = new Intl.Collator("en", { numeric: true }); // 10 after 2. Of 82,146 cases 0.5 to 0.9 s; localeCompare 4 to 8
 const any = (test) => cases.some(test);
 
 const shownText = (text) => text || "(empty)";
