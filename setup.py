@@ -38,10 +38,9 @@ setup(
         "rouge-score>=0.1.2",
         "nltk>=3.9",  # BLEU by sentence, METEOR
         "rouge==1.0.1",  # the authors' ROUGE, for --compat heartllm
-        "krippendorff>=0.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "ruff>=0.12", "umap-learn>=0.5.7", "playwright>=1.50"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "ruff>=0.12", "umap-learn>=0.5.7", "playwright>=1.50", "krippendorff>=0.8"],
         "umap": ["umap-learn>=0.5.7"],  # toolkit.evaluation.modality_gap
         "gpu": ["liger-kernel>=0.8", "bitsandbytes>=0.48"],
     },

@@ -100,7 +100,7 @@ def test_files_without_ids_are_matched_by_number_and_patients_may_be_in_one_alon
     "change, says",
     [
         ({"reference": "other"}, "the references of task 't1' differ, '(yes|no)' in .*'other' in"),
-        ({"question": "is it?"}, r"task 't1' is not the same in both: its question is 'what?' in .*'is it\?' in"),
+        ({"question": "is it?"}, "task 't1' is not the same in both: its question is 'what?' in .*'is it\?' in"),
         ({"task": "report", "question_type": "report"}, "task 't1' is not the same in both: its task is 'ecgqa'"),
     ],
 )

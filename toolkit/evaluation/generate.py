@@ -121,7 +121,8 @@ class Rows:
 
     def __init__(self, model, device, sizes: list[int]):
         self.model, self.device = model, device
-        self.cache = DynamicCache(config=model.config)
+        # without the config: a layer with a window would keep the last tokens alone. No sequence of training is longer than the window (lm/attention.py)
+        self.cache = DynamicCache()
         self.seen = torch.zeros(len(sizes), max(sizes), 0, dtype=torch.bool, device=device)  # [rows, branches, tokens]: which a branch sees
 
     def read(self, rows: list[list[Node]], adapter: ECGAdapter | None = None, features: Sequence[np.ndarray] = (), keep: int = 1) -> torch.Tensor:

@@ -16,20 +16,22 @@ const any = (test) => cases.some(test);
 
 const shownText = (text) => text || "(empty)";
 const number = (value, places) => (value === null ? "–" : value.toFixed(places).replace("-", "−"));
-const mark = (row) => (row.correct === null ? element("span", { className: "mark", textContent: `ROUGE-L ${number(row.score, 2)}` })
+const title = (row) => row.question ?? (row.task === "report" ? "Report" : row.question_type);
+const mark = (row) => (row.correct === null
+  ? element("span", { className: "mark", textContent: `ROUGE-L ${number(row.score, 2)}` })
   : element("span", { className: `mark ${row.correct ? "right" : "wrong"}`, textContent: row.correct ? "✓ right" : "✗ wrong" }));
 
 const COLUMNS = [
   { name: "place", label: "#", numeric: true, value: (row) => row.place },
   { name: "result", label: "Result", value: (row) => (row.correct === null ? row.score : row.correct ? 2 : -1), cell: mark },
-  { name: "question", label: "Question", value: (row) => row.question ?? row.question_type, cell: (row) => row.question ?? (row.task === "report" ? "Report" : row.question_type) },
+  { name: "question", label: "Question", value: title },
   { name: "reference", label: "Reference", value: (row) => row.reference, cell: (row) => shownText(row.reference) },
   { name: "prediction", label: "Prediction", value: (row) => row.prediction, cell: (row) => shownText(row.prediction) },
   { name: "type", label: "Type", value: (row) => row.question_type },
-  { name: "attribute", label: "Attribute", value: (row) => row.attribute_type, cell: (row) => row.attribute_type ?? "–", shown: any((row) => row.attribute_type) },
+  { name: "attribute", label: "Attribute", value: (row) => row.attribute_type, shown: any((row) => row.attribute_type) },
   { name: "loglik", label: "log P", numeric: true, value: (row) => row.loglik, cell: (row) => number(row.loglik, 2), shown: any((row) => row.loglik !== null) },
-  { name: "site", label: "Site", value: (row) => row.site, cell: (row) => row.site ?? "–", shown: any((row) => row.site) },
-  { name: "ecg", label: "ECG", value: (row) => (row.drawn ? 0 : 1), cell: (row) => (row.drawn ? "drawn" : "–"), shown: any((row) => row.drawn) && any((row) => !row.drawn) },
+  { name: "site", label: "Site", value: (row) => row.site, shown: any((row) => row.site) },
+  { name: "ecg", label: "ECG", value: (row) => (row.drawn ? "drawn" : null), shown: any((row) => row.drawn) && any((row) => !row.drawn) },
 ].filter((column) => column.shown !== false);
 
 const FILTERS = {
@@ -89,7 +91,9 @@ function list() {
     header.ariaSort = column?.name === header.dataset.name ? (down ? "descending" : "ascending") : "none";
   }
   const asked = listed.filter((row) => row.correct !== null), right = asked.filter((row) => row.correct).length;
-  const share = asked.length ? `, ${right.toLocaleString("en")} of ${asked.length.toLocaleString("en")} questions right (${((100 * right) / asked.length).toFixed(1)} %)` : "";
+  const share = asked.length
+    ? `, ${right.toLocaleString("en")} of ${asked.length.toLocaleString("en")} questions right (${((100 * right) / asked.length).toFixed(1)} %)`
+    : "";
   find("count").textContent = `${listed.length.toLocaleString("en")} of ${cases.length.toLocaleString("en")} cases${share}`;
   page(0);
 }
@@ -98,7 +102,7 @@ function page(from) {
   const last = Math.min(first + PAGE, listed.length);
   find("rows").replaceChildren(...listed.slice(first, last).map((row) => {
     const cells = COLUMNS.map((column) => element("td", { className: `${column.numeric ? "numeric " : ""}c-${column.name}` }));
-    COLUMNS.forEach((column, i) => cells[i].append(column.cell ? column.cell(row) : String(column.value(row))));
+    COLUMNS.forEach((column, i) => cells[i].append(column.cell ? column.cell(row) : String(column.value(row) ?? "–")));
     const opener = element("button", { type: "button", textContent: row.place, ariaLabel: `open case ${row.place}` });
     cells[0].replaceChildren(opener);
     return element("tr", { onclick: () => show(row), dataset: { id: row.id } }, ...cells);
@@ -119,7 +123,8 @@ function show(row) {
 function open(row) {
   const at = listed.indexOf(row), body = find("case-body");
   find("case-title").textContent = `Case ${row.place}`;
-  find("case-kind").textContent = [row.question_type, row.attribute_type, row.template_id === null ? null : `template ${row.template_id}`, row.site && `site ${row.site}`].filter(Boolean).join(" · ");
+  const kind = [row.question_type, row.attribute_type, row.template_id === null ? null : `template ${row.template_id}`, row.site && `site ${row.site}`];
+  find("case-kind").textContent = kind.filter(Boolean).join(" · ");
   for (const [id, other] of [["case-previous", listed[at - 1]], ["case-next", at < 0 ? undefined : listed[at + 1]]]) {
     find(id).disabled = !other;
     find(id).onclick = () => show(other);
@@ -132,7 +137,7 @@ function open(row) {
   if (row.labels.length) facts.push(`Labels: ${row.labels.join(", ")}`);
   const ecgs = element("div", { className: "ecgs" });
   body.replaceChildren(
-    element("div", { className: "ask" }, element("p", { textContent: row.question ?? (row.task === "report" ? "Report" : row.question_type) }), mark(row)),
+    element("div", { className: "ask" }, element("p", { textContent: title(row) }), mark(row)),
     element("dl", {}, ...answers), ...facts.map((fact) => element("p", { className: "soft", textContent: fact })), ecgs, ...others(row));
   body.scrollTop = 0;
   if (!find("case").open) find("case").showModal();
@@ -142,13 +147,15 @@ function others(row) {
   const same = row.sample === null ? [] : cases.filter((other) => other.sample === row.sample && other !== row);
   if (!same.length) return [];
   const items = same.map((other) => element("li", {}, mark(other), " ",
-    element("button", { type: "button", className: "link", textContent: other.question ?? other.question_type, onclick: () => show(other) }), ` ${shownText(other.prediction)}`));
-  return [element("details", { className: "others" }, element("summary", { textContent: `The other cases of this ECG (${same.length})` }), element("ul", {}, ...items))];
+    element("button", { type: "button", className: "link", textContent: title(other), onclick: () => show(other) }), ` ${shownText(other.prediction)}`));
+  const summary = element("summary", { textContent: `The other cases of this ECG (${same.length})` });
+  return [element("details", { className: "others" }, summary, element("ul", {}, ...items))];
 }
 async function draw(row, place) {
   if (!row.drawn) {
     const held = Object.keys(packed.ecgs).length;
-    place.append(element("p", { className: "soft", textContent: held ? `The ECG of this case is not in this file, which holds those of ${held} samples.` : "This file holds no ECGs." }));
+    const said = held ? `The ECG of this case is not in this file, which holds those of ${held} samples.` : "This file holds no ECGs.";
+    place.append(element("p", { className: "soft", textContent: said }));
     return;
   }
   for (let i = 0; i < packed.ecgs[row.sample]; i++) place.append(ecgFigure(await unpack(read(`ecg-${row.sample}-${i}`))));
@@ -165,7 +172,8 @@ find("reset").onclick = () => { state = {}; toAddress(); fromAddress(); };
 find("previous").onclick = () => page(first - PAGE);
 find("next").onclick = () => page(first + PAGE);
 find("heads").append(...COLUMNS.map(({ name, label, numeric }) => {
-  const by = element("button", { type: "button", textContent: label, onclick: () => change("sort", state.sort === name ? `-${name}` : state.sort === `-${name}` ? "" : name) });
+  const next = () => (state.sort === name ? `-${name}` : state.sort === `-${name}` ? "" : name); // up, down, as in the file
+  const by = element("button", { type: "button", textContent: label, onclick: () => change("sort", next()) });
   return element("th", { scope: "col", className: `${numeric ? "numeric " : ""}c-${name}`, dataset: { name } }, by);
 }));
 find("case-close").onclick = () => find("case").close();

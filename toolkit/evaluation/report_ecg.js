@@ -9,7 +9,9 @@ const GAIN = { mV: 10, SD: 2.5 }; // mm a unit: a lead's SD is about 0.2 mV, so 
 const WIDTH = 280, GRID = { left: 5, right: 275, top: 5 }, LEFT = 20; // mm; where t = 0 is drawn
 const CLIP = 30; // mm: a trace that is cut here stops short of the next row's baseline in 3 x 4
 const TOKEN_SECONDS = 16 / 500;
-const COLOURS = { paper: "#fffaf9", thin: "#fbdcdc", thick: "#f0aaae", ink: "#1c1c22", reconstruction: "#1673ff", note: "#55555f", time: "#7a3fb5", volt: "#0a7d5a" };
+const COLOURS = {
+  paper: "#fffaf9", thin: "#fbdcdc", thick: "#f0aaae", ink: "#1c1c22", reconstruction: "#1673ff", note: "#55555f", time: "#7a3fb5", volt: "#0a7d5a",
+};
 
 const element = (tag, properties = {}, ...children) => {
   const { dataset, ...rest } = properties;
@@ -132,7 +134,11 @@ function ecgFigure(ecg) {
       const y = layout.baselines[row];
       context.beginPath(); // the calibration pulse: one unit, 200 ms
       [[8, 0], [10, 0], [10, gain], [15, gain], [15, 0], [17, 0]].forEach(([x, up], i) => context[i ? "lineTo" : "moveTo"](x, y - up));
-      leads.slice(1).forEach((_, column) => { const x = LEFT + ((column + 1) * ecg.samples * SPEED) / leads.length / ecg.fs; context.moveTo(x, y - 3); context.lineTo(x, y + 3); });
+      leads.slice(1).forEach((_, column) => {
+        const x = LEFT + ((column + 1) * ecg.samples * SPEED) / leads.length / ecg.fs;
+        context.moveTo(x, y - 3);
+        context.lineTo(x, y + 3);
+      });
       stroke(COLOURS.ink, Math.max(0.25, pixel));
     });
     paths.forEach((path, i) => { if (!traces[i].overlay || overlay) stroke(traces[i].colour, Math.max(i ? 0.16 : 0.28, (i ? 0.8 : 1.1) * pixel), path); });
@@ -211,7 +217,8 @@ function ecgFigure(ecg) {
       const area = canvas.getBoundingClientRect(), px = event.clientX - area.left, py = event.clientY - area.top;
       return { px, py, x: (px - view.x) / view.scale, y: (py - view.y) / view.scale };
     };
-    const line = (p) => Object.keys(lines ?? {}).map((name) => [Math.abs((name[0] === "t" ? p.x : p.y) - lines[name]) * view.scale, name]).filter(([far]) => far < 9).sort((a, b) => a[0] - b[0])[0]?.[1];
+    const far = (p, name) => Math.abs((name[0] === "t" ? p.x : p.y) - lines[name]) * view.scale; // in pixels
+    const line = (p) => Object.keys(lines ?? {}).filter((name) => far(p, name) < 9).sort((a, b) => far(p, a) - far(p, b))[0];
     let held = null;
     canvas.addEventListener("pointerdown", (event) => {
       const p = at(event);
@@ -268,7 +275,8 @@ function ecgFigure(ecg) {
   tools.append(readout);
   choose("3 × 4");
   const note = ecg.note ? [element("p", { className: "soft", textContent: ecg.note })] : [];
-  const figure = element("figure", { className: "ecg" }, element("h3", { textContent: ecg.title }), ...note, tools, element("div", { className: "sheet" }, canvas), caption);
+  const sheet = element("div", { className: "sheet" }, canvas);
+  const figure = element("figure", { className: "ecg" }, element("h3", { textContent: ecg.title }), ...note, tools, sheet, caption);
   let wide = 0;
   new ResizeObserver(() => { if (canvas.parentElement.clientWidth !== wide) { wide = canvas.parentElement.clientWidth; reset(); } }).observe(figure);
   return figure;
