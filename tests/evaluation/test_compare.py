@@ -100,12 +100,12 @@ def test_files_without_ids_are_matched_by_number_and_patients_may_be_in_one_alon
     "change, says",
     [
         ({"reference": "other"}, "the references of task 't1' differ, '(yes|no)' in .*'other' in"),
-        ({"question": "is it?"}, "task 't1' is not the same in both: its question is 'what?' in .*'is it\?' in"),
+        ({"question": "is it?"}, "task 't1' is not the same in both: its question is 'what' in .*'is it.' in"),
         ({"task": "report", "question_type": "report"}, "task 't1' is not the same in both: its task is 'ecgqa'"),
     ],
 )
 def test_what_is_not_the_same_task_is_refused(tmp_path, change, says):
-    ours, theirs = system(1, 0.8, question="what?"), system(2, 0.5, question="what?")
+    ours, theirs = system(1, 0.8, question="what"), system(2, 0.5, question="what")
     theirs[1] |= change
     with pytest.raises(UserError, match=says):
         compare(written(tmp_path / "a.jsonl", ours), written(tmp_path / "b.jsonl", theirs))

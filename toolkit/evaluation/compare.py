@@ -68,7 +68,7 @@ def compare(first: str, second: str, draws: int = 2000, swaps: int = 10_000) -> 
     ]  # fmt: skip
     for path, given in zip(files, said.values()):
         if empty := sum(not one.strip() for one in given):
-            remarks.append(f"{empty:,} of {len(given):,} predictions of {path} are empty: they count as wrong.")
+            remarks.append(f"{empty:,} of {len(given):,} predictions of {path} are empty: they score 0.")
     return {
         "systems": [str(first), str(second)], "matched": len(both), "alone": [len(names) for names in alone], "table": lines,
         "notes": remarks + list(UNIT_NOTES[unit]),

@@ -19,7 +19,7 @@ from toolkit.tasks.prompts import Prompts, answer_ids, prompt_ids, shared_ids
 from toolkit.tasks.vocabulary import ECGVocabulary
 
 NONE = "none"  # says that there is nothing to name: it stands in none of the 23,149 answers of several classes of ECG-QA that were to be had
-LOGITS = 1 << 26  # most logits of a forward: 256 MB. A tree of 60 classes in a vocabulary of 128,256 has half as many
+LOGITS = 1 << 26  # most logits of a forward: 256 MB. The 231 nodes of ECG-QA's largest template, in a vocabulary of 128,256, have half as many
 
 
 class Tree(NamedTuple):
@@ -143,7 +143,7 @@ def score(model, vocabulary: ECGVocabulary, prompted: Prompted, trees: dict[int,
     found, waiting = {}, sorted(trees, key=lambda row: len(trees[row].tokens))
     while waiting:
         width = [len(trees[row].tokens) for row in waiting]
-        # no tree is padded to more than twice its size: beside those of 37 classes, a yes or no would take 80 times its tokens
+        # no tree is padded to more than twice the smallest: 37 classes are 130 nodes, yes, no and not sure 6
         fitting = (at for at in range(1, len(waiting)) if width[at] > 2 * width[0] or (at + 1) * width[at] * vocabulary.start > LOGITS)
         count = next(fitting, len(waiting))
         some, waiting = waiting[:count], waiting[count:]

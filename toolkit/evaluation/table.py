@@ -178,11 +178,11 @@ def notes(rows: Sequence[dict], said: dict[str, list[str | None]], unit: str) ->
     """What a reader of the numbers must know, a sentence each."""
     found = list(UNIT_NOTES[unit])
     if empty := sum(not row["prediction"].strip() for row in rows):
-        found.append(f"{empty:,} of {len(rows):,} predictions are empty: they count as wrong.")
+        found.append(f"{empty:,} of {len(rows):,} predictions are empty: they score 0.")
     for name, answers in said.items():
         if missing := sum(answer is None for answer in answers):
             found.append(f"{missing:,} of {len(rows):,} rows have no {name!r} control: its figures, and the difference to it, are of the others.")
-    if unknown := sum(row["question_type"] == UNKNOWN for row in rows):
+    if unknown := sum(row.get("question_type") == UNKNOWN for row in rows):
         found.append(f"{unknown:,} questions name no type: they stand under {UNKNOWN!r}.")
     return found
 
