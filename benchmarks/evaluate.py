@@ -1,9 +1,9 @@
-"""Answers per second of launchers/evaluate.py's generation, against one question at a time with `transformers`' generate, which computes the ECG each time.
+"""Answers per second of launchers/evaluate.py's generation, against one task at a time with `transformers`' generate, which computes the ECG each time.
 
     python benchmarks/evaluate.py --model runs/demo/instruct --shards runs/demo/tasks --split test
     python benchmarks/evaluate.py --model M --shards I --split valid --ecgs 16 --rounds 5        # any model and split
 
-Also beside generate in batches of --rows questions, padded on the left, which shares no ECG either. All three answer the same questions greedily with ECG
+Also beside generate in batches of --rows, padded on the left, which shares no ECG either. All three answer the same tasks greedily with ECG
 tokens masked out, in one process and in turns; the medians of the rounds are compared, and the answers must be the same. What is timed begins with the
 samples in memory and ends with text.
 """
@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, type=Path, help="folder of launchers/instruct.py, pretrain.py or toolkit.lm.merge")
     parser.add_argument("--shards", required=True, type=Path, help="task shards")
     parser.add_argument("--split", default="test", choices=("train", "valid", "test"), help="(default: %(default)s)")
-    parser.add_argument("--ecgs", type=int, default=16, help="evenly spaced over the split, each with all its questions (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, help="ECGs per batch of ours (default: %(default)s, as the launcher's)")
-    parser.add_argument("--rows", type=int, default=16, help="questions per batch of generate (default: %(default)s)")
+    parser.add_argument("--ecgs", type=int, default=16, help="evenly spaced over the split, each with all its tasks (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="ECGs per batch of ours, with all their tasks (default: %(default)s, as the launcher's)")
+    parser.add_argument("--rows", type=int, default=16, help="tasks per batch of generate (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="in bf16 the order of sums decides between near words (default: fp32)")
@@ -92,12 +92,12 @@ def main() -> None:
                 print(f"round {round}: {name}: {len(ids) / seconds[name][-1]:.2f} answers/s", flush=True)
     speeds = {name: len(ids) / median(times) for name, times in seconds.items()}
     differ = {name: sum(one != other for one, other in zip(given["ours"], given[name])) for name in ways if name != "ours"}
-    print(f"{len(samples)} ECGs, {len(ids)} questions, {args.precision}, {device}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{len(samples)} ECGs, {len(ids)} tasks, {args.precision}, {device}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
     for name, speed in speeds.items():
         beside = "" if name == "ours" else f"   ours {speeds['ours'] / speed:.2f}x   {differ[name]} answers differ"
         print(f"{name:>28}: {speed:8.2f} answers/s{beside}")
     if args.json:
-        args.json.write_text(json.dumps({"questions": len(ids), "answers_per_second": speeds, "differ": differ, "precision": args.precision, "device": device}))
+        args.json.write_text(json.dumps({"tasks": len(ids), "answers_per_second": speeds, "differ": differ, "precision": args.precision, "device": device}))
 
 
 if __name__ == "__main__":

@@ -120,8 +120,6 @@ def main() -> None:
         write_report(folder / "report.html", metrics, [row for row in rows if row["sample"] in of_report], ecgs(shards, chosen, ecg_tokenizer), metrics["run"])
         write_text(folder / METRICS, json.dumps(metrics, indent=2))  # last: it says that all is there
         print(text_table(metrics))
-        if empty := sum(not row["prediction"].strip() for row in rows):
-            print(f"{empty} of {len(rows)} answers are empty: they count as wrong")
         print(f"report: {(folder / 'report.html').resolve()}")
 
 
