@@ -20,8 +20,8 @@ def trained_on(model: str | Path) -> list[str]:
 def check_leak(judged: Shards, folders: list[str], named: bool, args: ShardArguments) -> tuple[list[str], str | None]:
     """What was found of patients that are in both: (the training shards that were looked at, a sentence for the report or None).
 
-    judged: the split of task shards that is to be judged. folders: of the training shards; named: by --train_shards, so that one that is not there is a mistake; else it is
-    left out and said. Raises UserError naming --train_shards on overlap, unless --on_leak warn.
+    judged: the split of task shards that is to be judged. folders: of the training shards; named: by --train_shards, so that one that is not there is a
+    mistake; else it is left out and said. Raises UserError naming --train_shards on overlap, unless --on_leak warn.
     """
     cache = {"cache": args.shard_cache, "cache_gb": args.shard_cache_gb}
     looked, absent, shared = [], [], set()
