@@ -147,7 +147,8 @@ def main() -> None:
             if ecg_tokenizer:
                 ecg_tokenizer.save_pretrained(folder / FOLDER)
             more = {"ecg_input": args.ecg_input} if module.adapter else {}
-            more |= {"prompts": asdict(prompts), "tuned_on": tuned_on, "trained_on": trained_on(stamp, args.shards)}
+            more |= {"prompts": asdict(prompts), "tuned_on": tuned_on, "trained_on": trained_on(stamp, shards, args.shards)}
+            more |= {"chosen_on": "valid"} if args.eval_steps else {}
             save_stamp(folder, shards[0].index, knows_text=True, **more)
 
     identity = {"shards digest": ", ".join(folder.digest for folder in shards), "skipped shards": [skipped for _, skipped in folders],

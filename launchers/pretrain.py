@@ -110,7 +110,7 @@ def main() -> None:
             tokenizer.save_pretrained(folder)
             if ecg_tokenizer:
                 ecg_tokenizer.save_pretrained(folder / FOLDER)
-            save_stamp(folder, shards.index, knows_text, trained_on=trained_on(stamp, [args.shards]))
+            save_stamp(folder, shards.index, knows_text, trained_on=trained_on(stamp, [shards], [args.shards]))
 
     identity = {"shards digest": shards.digest, "skipped shards": skipped, "backbone digest": backbone_digest(args.backbone, model)}
     flops = row_flops(lm, head_rows and len(head_rows))

@@ -19,8 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from sharding.manifest import read_summary
 from sharding.sources import SOURCES
-from toolkit.errors import exit_2_on_user_error
+from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.lm.carried import carried_in, ecg_tokenizer_of
 
 
@@ -50,14 +51,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is made; run again, it goes on")
     parser.add_argument("--num_gpus", type=int, help="ranks on this machine (default: its GPUs)")
     args, further = parser.parse_known_args()
+    if args.source == "cinc" and not args.qa:
+        raise UserError("--source cinc: has no reports, so there is nothing to judge without questions; name some by --qa")
     ecg_tokenizer_of(args.model, args.tokenizer)  # that it is the right one is known at once, not after hours of encoding
     tokenizer = args.tokenizer or carried_in(args.model)
     shards, tasks = args.out / "shards", args.out / "tasks"
     run(sys.executable, "-m", "sharding.archive", args.source, "--root", args.root, "--tokenizer", tokenizer, "--out", args.out)
+    reports = read_summary(args.out / "manifest").get("reports", 0)
+    if not reports and not args.qa:
+        raise UserError(f"--qa: the ECGs of {args.root} have no reports, so there is nothing to judge without questions; name a folder of ECG-QA")
     join = sys.executable, "-m", "sharding.shard_tasks", "--shards", shards, "--out", tasks
     if args.qa:
         run(*join, "ecgqa", "--qa", args.qa)
-    run(*join, "reports")
+    if reports:
+        run(*join, "reports")
     ranks = ["--num_gpus", args.num_gpus] if args.num_gpus else []
     run("deepspeed", "--master_port", free_port(), *ranks, ROOT / "launchers" / "evaluate.py", "--model", args.model, "--shards", tasks,
         "--output_dir", args.out / "evaluate", *further)  # fmt: skip

@@ -9,7 +9,7 @@ import wfdb
 from sharding.manifest import FORMAT_VERSION, SCHEMA, write_manifest
 from toolkit.ecg.gains import gains, rounded
 from toolkit.ecg.leads import LEADS
-from toolkit.evaluation.cards import ecg_of, ecgs, recordings_of
+from toolkit.evaluation.cards import ecg_of, ecgs, recordings_of, shown
 from toolkit.evaluation.html_report import packed_ecg
 from toolkit.shards.reader import Shards
 from toolkit.shards.writer import write_index, write_split
@@ -58,6 +58,12 @@ def test_every_ecg_of_a_sample_with_recording_and_reconstruction(made):
         assert np.array_equal(one["tokens"], tokenizer.encode(recording)) and packed_ecg(one)["arrays"] == ["signal", "reconstruction"]
         wanted = tokenizer.reconstruct(recording)[1]
         assert np.abs(one["reconstruction"][:, inside].mean(1) - wanted.mean(1)).max() < 0.05
+
+
+def test_an_offset_reaches_both_ends():
+    ramp = np.broadcast_to(np.linspace(1, 1.5, 5000, dtype=np.float32), (12, 5000))
+    assert np.abs(shown(ramp) - ramp[:, ::2]).max() < 0.002
+    assert np.abs(shown(np.ones((12, 5000), np.float32)) - 1).max() < 1e-6
 
 
 def test_what_was_zscored_upstream_is_no_millivolts(made):

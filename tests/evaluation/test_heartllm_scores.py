@@ -47,6 +47,12 @@ def test_our_separator_is_told_apart():
     assert found == {"n": 3, "correct": 1, "exact_match": pytest.approx(1 / 3), "exact_match_own_separator": pytest.approx(2 / 3)}
 
 
+def test_a_list_of_answers_is_split_already():
+    rows = [{**question("b; a", "a; b"), "predicted": ["b", "a"]}, {**question("; yes", "yes"), "predicted": ["", "yes"]}, question("b; a", "a; b")]
+    found = heartllm_compat(rows)["questions"]["single-query"]
+    assert (found["correct"], found["exact_match_own_separator"]) == (1, pytest.approx(2 / 3))
+
+
 def test_every_question_type_is_counted_under_its_name():
     kinds = ["single-verify", "comparison_consecutive-query", "open"]
     found = heartllm_compat([question("yes", answer, kind) for kind in kinds for answer in ("yes", "no")])

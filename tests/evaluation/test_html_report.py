@@ -54,7 +54,7 @@ ECG = {
     "title": "ECG 7", "note": "", "fs": 250, "unit": "mV", "signal": np.zeros((12, 2500), np.float32), "reconstruction": None,
     "tokens": np.arange(313, dtype=np.uint16), "levels": [6, 6, 6, 6],
 }  # fmt: skip
-INFO = {"model": "runs/a & b", "shards": ["one", "two"], "ECGs": 3214, "adapter": None, "lr": 1e-4}
+INFO = {"model": "/home/anna/runs/a & b/", "shards": ["s3://some/one", "two"], "ECGs": 3214, "adapter": None, "lr": 1e-4}
 
 
 class Page(HTMLParser):
@@ -132,6 +132,15 @@ def test_worse_is_worse_also_where_fewer_is_better(page, tmp_path):
     assert ["67.7", "+0.0", "+4.1 to +6.7"] in page(metrics).rows[len(INFO) + 1]
 
 
+def test_the_legend_says_where_fewer_is_better(page):
+    def legends(metrics):
+        return " ".join(text for text in page(metrics).text)
+
+    assert legends(METRICS).count("Of invalid answers fewer are better.") == 1  # of three sections
+    assert "how much better" not in legends(METRICS) and "model's score minus the control's" in legends(METRICS)
+    assert "fewer are better" not in legends({**METRICS, "table": METRICS["table"][2:]})
+
+
 def test_the_page_opens_with_exact_match_else_rouge(page):
     def lead(shown):
         start, end = shown.text.index("ECG evaluation report", 1), shown.text.index("Research software. Not a medical device; not for diagnosis.")
@@ -146,7 +155,8 @@ def test_the_page_opens_with_exact_match_else_rouge(page):
 
 def test_info_is_shown_in_order_and_readable_and_so_are_notes_and_conventions(page):
     shown = page()
-    assert shown.rows[:5] == [[["model"], ["runs/a & b"]], [["shards"], ["one, two"]], [["ECGs"], ["3,214"]], [["adapter"], ["–"]], [["lr"], ["0.0001"]]]
+    assert shown.rows[:5] == [[["model"], ["a & b"]], [["shards"], ["one, two"]], [["ECGs"], ["3,214"]], [["adapter"], ["–"]], [["lr"], ["0.0001"]]]
+    assert not any("anna" in text for text in shown.text)
     assert METRICS["notes"][0] in shown.text and "set equality" in shown.text
 
 

@@ -203,6 +203,7 @@ def test_classes_are_read(tmp_path):
         ("template_id,classes\n1\n", "line 2"),
         ("template_id,classes\n1,\"['no']\"\n2,[]\n", "line 3"),
         ("template_id,classes\n1,\"['no', 3]\"\n", "line 2"),
+        ("template_id,classes\n1,\"['no', 'a; b']\"\n", "line 2 .*'a; b' holds a ';'"),
         ("template_id,classes\n1,__import__('os')\n", "line 2"),
         ("template_id,classes\n1,\"['no']\"\n1,\"['yes']\"\n", "template 1 was there before"),
     ],

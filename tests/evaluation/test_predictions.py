@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.errors import UserError
+from toolkit.evaluation.metrics import is_correct
 from toolkit.evaluation.predictions import read_predictions, units
 
 
@@ -40,6 +41,35 @@ def test_another_systems_file_is_filled_in(tmp_path):
     assert (fifth["prediction"], fifth["task"], fifth["id"]) == ("", "report", "5")
 
 
+def test_the_files_of_the_authors_are_read(tmp_path):
+    path = written(
+        tmp_path,
+        {"prediction": ["b", "a"], "answer": ["a", "b"], "question_type": "single-query"},
+        {"prediction": ["yes", ""], "gt": "yes", "question_type": "single-verify"},
+        {"prediction": ["a; b"], "gt": "a; b", "question_type": "single-query"},
+        {"prediction": [], "gt": "yes"},
+        {"prediction": "no", "gt": "yes", "predicted": ["yes"]},  # a column of their own
+    )
+    first, second, third, fourth, fifth = read_predictions(path)
+    assert "predicted" not in fifth
+    assert (first["prediction"], first["predicted"], first["reference"]) == ("b; a", ["b", "a"], "a; b")
+    assert (second["predicted"], second["reference"]) == (["yes", ""], "yes")
+    assert [is_correct(one) for one in (first, second, third, fourth)] == [True, True, False, False]  # one answer with a ";" is not two
+
+
+def test_a_number_is_one_however_it_is_written(tmp_path):
+    first, second = read_predictions(written(tmp_path, row(id=1.0, patient=8.0, site=3.0), row(id=2, patient=8, site=3)))
+    assert (first["id"], first["site"]) == ("1", "3") and first["site"] == second["site"]
+    assert units([first, second])[0].tolist() == [0, 0]
+    with pytest.raises(UserError, match="two rows have the id '1'"):
+        read_predictions(written(tmp_path, row(id=1.0), row(id=1)))
+
+
+def test_half_a_character_stops_nothing(tmp_path):
+    (found,) = read_predictions(written(tmp_path, row(prediction="sinus \ud83d", question="\U0001f600 \udc00", controls={"\ud83d": "yes"})))
+    assert (found["prediction"], found["question"], found["controls"]) == ("sinus \ufffd", "\U0001f600 \ufffd", {"\ufffd": "yes"})
+
+
 def test_a_json_list_and_lines_are_the_same(tmp_path):
     rows = [row(id="a", question="line\u2028of two\nlines"), row(id="b")]
     path = tmp_path / "P.json"
@@ -55,7 +85,7 @@ def test_a_json_list_and_lines_are_the_same(tmp_path):
         ([row(), {"reference": "a", "answer": "b"}], "line 2: the column 'prediction' is missing; it has 'reference', 'answer'"),
         ([{"prediction": "a"}], "line 1: the column 'reference' is missing"),
         ([{}], "line 1: the column 'prediction' is missing; it has none"),
-        ([row(prediction=["yes"])], r"line 1: prediction is text; got \['yes'\]"),
+        ([row(prediction=["yes", 3])], r"line 1: prediction is text; got \['yes', 3\]"),
         ([row(prediction=3)], "line 1: prediction is text; got 3"),
         ([row(reference=[1])], r"line 1: reference is text, or a list of answers; got \[1\]"),
         ([row(reference=None)], "line 1: reference is text, or a list of answers; got None"),
@@ -67,6 +97,13 @@ def test_a_json_list_and_lines_are_the_same(tmp_path):
         ([row(template_id=True)], "line 1: template_id is a whole number"),
         ([row(sample=0.5)], "line 1: sample is a whole number"),
         ([row(patient=[3])], "line 1: patient is a number or text"),
+        ([row(ecg_id={"a": 1})], "line 1: ecg_id is a number or text"),
+        ([row(reference=["a; b"])], "line 1: reference holds the answer 'a; b', but ';' is what parts answers"),
+        ([row(reference=";")], "line 1: reference is empty"),
+        ([{"prediction": "a", "gt": " "}], "line 1: gt is empty"),
+        ([row(controls={"model": "no"})], "line 1: a control may not be called 'model'"),
+        (["[" * 100_000], "begins as a JSON list but is none"),
+        (['{"a":' * 100_000], "line 1 is not JSON"),
         ([row(controls=["no"])], "line 1: controls is an object"),
         ([row(controls={"flat": 3})], r"line 1: controls\['flat'\] is text; got 3"),
         ([row(id="a"), row(id="b"), row(id="a")], "two rows have the id 'a'"),
@@ -104,6 +141,7 @@ def test_what_an_interval_is_over():
     assert of({"patient": 4, "sample": 0}, {"sample": 0}) == ([0, 0], "ECGs")
     assert of({"ecg_id": [7, 9]}, {"ecg_id": 7}, {"ecg_id": "9"}, {"ecg_id": 9}) == ([0, 0, 1, 1], "ECGs")
     assert of({"ecg_id": 7, "source": "ptbxl"}, {"ecg_id": 7, "source": "mimic"}) == ([1, 0], "ECGs")
+    assert of({"patient": 7, "source": "ptbxl"}, {"patient": 7, "source": "mimic"}, {"patient": 7, "source": "ptbxl"}) == ([1, 0, 1], "patients")
     assert of({"ecg_id": []}, {"ecg_id": 7}) == ([0, 1], "rows")
     assert of() == ([], "rows")
 

@@ -266,7 +266,18 @@ def test_a_comparison_shows_both_ecgs_in_their_units_and_layouts_change(page):
 
 def test_a_case_without_an_ecg_says_so(page):
     shown = page("#case=q12")
-    assert "not in this file, which holds those of 3 samples" in shown.locator("dialog").inner_text() and shown.locator("canvas").count() == 0
+    assert "is not in this file, which holds 3 of them; the filter “ECG” lists" in shown.locator("dialog").inner_text() and shown.locator("canvas").count() == 0
+    shown.keyboard.press("Escape")
+    shown.locator("#ecg").select_option("drawn")
+    assert ids(shown) == [row["id"] for row in ROWS if row["sample"] in ECGS]
+    shown.locator("#ecg").select_option("not drawn")
+    assert shown.locator("#count").inner_text().startswith(f"{len(ROWS) - 15} of 250 cases")
+
+
+def test_an_answer_without_an_end_leaves_the_ecg_in_sight(page, tmp_path):
+    rows = [{**ROWS[0], "controls": {"flat": "hypertrophy " * 400}}]
+    write_report(tmp_path / "report.html", METRICS, rows, {0: ECGS[0]}, {})
+    assert opened(page(path=tmp_path / "report.html")).bounding_box()["y"] < 450
 
 
 def test_what_a_model_says_harms_nobody(page):
@@ -294,7 +305,10 @@ def test_a_phone_shows_a_part_that_can_be_read(page):
 def test_two_thousand_cases(page, tmp_path):
     write_report(tmp_path / "report.html", METRICS, made_rows(2000), {i: [ECGS[0][0]] for i in range(100)}, {"model": "a"})
     page()  # so that the browser's own start does not count
-    started = time.perf_counter()
-    shown = page(path=tmp_path / "report.html")
-    print(f"2,000 cases with 100 ECGs: {time.perf_counter() - started:.2f} s")
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        shown = page(path=tmp_path / "report.html")
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 2  # the best, because the machine may be busy with something else; 0.2 s on two cores
     assert shown.locator("#count").inner_text().startswith("2,000 of 2,000 cases") and len(ids(shown)) == 100

@@ -87,6 +87,17 @@ def test_the_authors_arithmetic(tmp_path, capsys):
         assert missing not in capsys.readouterr().out
 
 
+def test_a_file_of_the_authors_is_read_as_it_is(tmp_path, capsys):
+    theirs = [
+        {"prediction": ["a", "b"], "answer": ["b", "a"], "question_type": "single-query"},
+        {"prediction": ["yes", ""], "answer": ["yes"], "question_type": "single-verify"},  # of "yes."
+    ]
+    path = written(tmp_path, theirs)
+    assert find(scored(capsys, "--predictions", path), "exact_match")["values"] == {"model": 1}
+    found = scored(capsys, "--predictions", path, "--compat", "heartllm")["questions"]
+    assert {kind: judged["exact_match"] for kind, judged in found.items()} == {"single-query": 1, "single-verify": 0}
+
+
 def test_wrong_files_are_one_line_and_exit_2(tmp_path):
     def run(*args):
         return subprocess.run([sys.executable, "-m", "toolkit.evaluation.score", *args], capture_output=True, text=True, cwd=Path(__file__).parents[2])
@@ -94,6 +105,6 @@ def test_wrong_files_are_one_line_and_exit_2(tmp_path):
     bad = run("--predictions", written(tmp_path, [*QUESTIONS, {"prediction": "a"}]))
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "line 7: the column 'reference' is missing" in bad.stderr
     told = run("--help")
-    assert told.returncode == 0 and "Research software" in told.stdout
+    assert told.returncode == 0 and "Research software" in told.stdout and 'joined by "; "' in told.stdout
     with pytest.raises(UserError, match="--classes"):
         main(["--predictions", written(tmp_path, QUESTIONS), "--classes", str(tmp_path / "none.csv")])

@@ -67,7 +67,7 @@ def test_the_page_shows_every_text_and_not_whose_it_is(made):
 def test_the_key_says_whose_the_texts_are(made):
     folder, key = made
     assert key["sources"][0] == "reference"
-    assert [source.rsplit("/", 1)[1] for source in key["sources"][1:]] == ["P.jsonl", "Q.jsonl"]
+    assert key["sources"] == ["reference", "P.jsonl", "Q.jsonl"]
     assert sorted(case["id"] for case in key["cases"]) == [f"r{i}" for i in range(6)]
     for case in key["cases"]:
         texts, i = dict(case["texts"]), int(case["id"][1])
@@ -82,8 +82,30 @@ def test_orders_are_random_and_the_seed_repeats_them(tmp_path):
     keys = {name: study.read_key(tmp_path / name) for name in "abc"}
     assert keys["a"] == keys["b"] != keys["c"]
     assert keys["a"]["study"] != keys["c"]["study"]
+    assert (keys["a"]["seed"], keys["c"]["seed"]) == (0, 1)
     first = [case["texts"][0][0] for case in keys["a"]["cases"]]
     assert len(first) == 40 and 10 <= sum(first) <= 30
+
+
+def test_without_a_seed_nobody_can_work_out_the_orders(tmp_path):
+    given = write(tmp_path / "P.jsonl", rows([f"text {i}" for i in range(30)]))
+    keys = []
+    for name in "ab":
+        study.main(["make", "--predictions", given, "--out", str(tmp_path / name)])
+        keys.append(study.read_key(tmp_path / name))
+        assert str(keys[-1]["seed"]) not in (tmp_path / name / "study.html").read_text()
+    assert keys[0]["seed"] != keys[1]["seed"] and keys[0]["cases"] != keys[1]["cases"]
+    assert [case["id"] for case in keys[0]["cases"]] != [case["id"] for case in keys[1]["cases"]]
+    # the key's seed is what the orders hang on
+    study.main(["make", "--predictions", given, "--out", str(tmp_path / "c"), "--seed", str(keys[0]["seed"])])
+    assert study.read_key(tmp_path / "c") == keys[0]
+
+
+def test_sources_are_called_by_the_end_of_their_path(tmp_path):
+    paths = [tmp_path / part / "evaluate" / "predictions.jsonl" for part in ("a", "b")] + [tmp_path / "reference"]
+    assert study.short_names(paths) == ["a/evaluate/predictions.jsonl", "b/evaluate/predictions.jsonl", f"{tmp_path.name}/reference"]
+    assert study.short_names(paths[:1]) == ["predictions.jsonl"]
+    assert study.short_names([tmp_path / "P", tmp_path / "x" / "P"]) == [f"{tmp_path.name}/P", "x/P"]
 
 
 def test_one_report_of_a_patient(tmp_path):
@@ -101,6 +123,7 @@ def test_one_report_of_a_patient(tmp_path):
         (lambda f: {"other": write(f / "Q.jsonl", rows(["a"], id="z"))}, "--other: no id"),
         (lambda f: {"other": write(f / "Q.jsonl", [{**row, "reference": "lvh"} for row in rows(["a"])])}, "--other: .*Q.jsonl has another reference than .*r0"),
         (lambda f: {"other": str(f / "P.jsonl")}, "--other: every file once"),
+        (lambda f: {"other": str(f / "x" / ".." / "P.jsonl")}, "--other: every file once"),
         (lambda f: {"cases": "0"}, "--cases: at least 1"),
         (lambda f: {"out": str(f)}, "--out: .* is not empty"),
         (lambda f: {"shards": str(f)}, "--shards"),
@@ -238,7 +261,8 @@ def test_exports_of_one_rater_are_not_two(made, tmp_path):
     with pytest.raises(UserError, match="--exports: .*a.json and .*b.json are both of rater"):
         study.score(made[1], paths)
     (tmp_path / "c.json").write_text("{")
-    for name in ("c.json", "none.json"):
+    (tmp_path / "d.json").write_text("[" * 100_000)
+    for name in ("c.json", "d.json", "none.json"):
         with pytest.raises(UserError, match=f"--exports: .*{name}"):
             study.score(made[1], [tmp_path / name])
 
@@ -246,7 +270,7 @@ def test_exports_of_one_rater_are_not_two(made, tmp_path):
 def test_a_folder_without_a_key_is_named(tmp_path):
     with pytest.raises(UserError, match="--study: .*key.json cannot be read"):
         study.read_key(tmp_path)
-    for text in ("{}", "[]", "{"):
+    for text in ("{}", "[]", "{", "[" * 100_000):
         (tmp_path / "key.json").write_text(text)
         with pytest.raises(UserError, match="--study: .*key.json is no key"):
             study.read_key(tmp_path)

@@ -220,3 +220,8 @@ def test_the_rows_are_those_given():
     assert all(score.rows.tolist() == [3, 8] and score.stats.shape[0] == 2 for score in scores)
     with pytest.raises(ValueError):
         text_scores([0, 1], ["a", "b"], ["a"])
+
+
+def test_rouge_knows_no_letters_but_a_to_z_and_says_so():
+    assert text.rouge("心房颤动", "心房颤动") == (0, 0, 0) and text.rouge("ischämie", "isch mie") == (1, 1, 1)
+    assert "any other letter parts a word" in text.CONVENTIONS["rouge"] and "another script scores 0" in text.CONVENTIONS["rouge"]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A launcher's main() called by a test leaves these behind, and its port is in use.
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
-EVALUATE = ["--max_new_tokens", 8, "--per_device_eval_batch_size", 1, "--precision", "fp32"]
+EVALUATE = ["--max_new_tokens", 8, "--per_device_eval_batch_size", 2, "--precision", "fp32"]
 
 
 def run(*words, timeout=300, **environment) -> subprocess.CompletedProcess:

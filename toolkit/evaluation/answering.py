@@ -1,12 +1,13 @@
 """Answer every task of a split on all ranks: each exactly once, written down batch by batch, so that a killed run goes on where it was.
 
-Batches are those of the whole split, whatever the number of ranks: rank r of w takes the batches r, r + w, ... of what is left. So the same answers, to the
-last digit, come from any number of ranks, also when a run is continued on another one. After each round rank 0 appends the rows of all ranks to
-predictions.jsonl and brings them to the disk.
+Batches are those of the whole split, whatever the number of ranks: rank r of w takes the batches r, r + w, ... of what is left. So the same answers come
+from any number of ranks, also when a run is continued on another one; to the last digit with as many threads a rank (OMP_NUM_THREADS). After each round, a
+batch a rank, rank 0 appends the rows of all ranks to predictions.jsonl and brings them to the disk: a kill costs at most the batch that each rank is at.
 """
 
 import json
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import NamedTuple
 import torch.distributed as dist
 from tqdm import tqdm
 
+from toolkit.errors import UserError
 from toolkit.files import write_text
+from toolkit.lm.backbone import STAMP
 from toolkit.shards.reader import Shards
 from toolkit.training.distributed import Ranks
 
-PREDICTIONS = "predictions.jsonl"
+MADE, PREDICTIONS, METRICS = "evaluation.json", "predictions.jsonl", "metrics.json"
+SAY = 30  # seconds between two lines of progress where there is no terminal for a bar
 REPORT_LENGTH = 1000  # characters that the words asking for a report count as in the order of batches: its answer is the longest
 
 
@@ -27,9 +31,10 @@ class Asked(NamedTuple):
     """What is to be known of a sample before it is answered."""
 
     n_ecgs: int
-    patient: str  # of two ECGs the first one's
+    patients: tuple[str, ...]  # of each ECG
     tasks: int
     longest: int  # characters of a question
+    templates: frozenset[int]
 
 
 def survey(shards: Shards) -> list[Asked]:
@@ -38,7 +43,8 @@ def survey(shards: Shards) -> list[Asked]:
     for i in range(len(shards)):
         meta = shards.meta(i)
         longest = max(len(task["question"]) if task["task"] == "ecgqa" else REPORT_LENGTH for task in meta["tasks"])
-        found.append(Asked(int(shards.rows[i]["n_ecgs"]), meta["patients"][0], len(meta["tasks"]), longest))
+        templates = frozenset(task["template_id"] for task in meta["tasks"] if task["task"] == "ecgqa")
+        found.append(Asked(int(shards.rows[i]["n_ecgs"]), tuple(meta["patients"]), len(meta["tasks"]), longest, templates))
     return found
 
 
@@ -66,7 +72,9 @@ def answer_all(folder: Path, asked: list[Asked], size: int, answer: Callable[[Se
     done = [{row["sample"] for row in rows}]
     dist.broadcast_object_list(done, 0)
     left = [batch for batch in batches if batch[0] not in done[0]]
-    total = sum(one.tasks for one in asked)
+    total, said = sum(one.tasks for one in asked), time.time()
+    if rows:
+        print(f"{len(rows):,} of {total:,} answers are there already", flush=True)
     with tqdm(total=total, initial=len(rows), desc="evaluate", unit="answer", disable=None if ranks.main else True) as bar:
         for start in range(0, len(left), ranks.world):
             mine = left[start : start + ranks.world][ranks.rank : ranks.rank + 1]
@@ -78,8 +86,26 @@ def answer_all(folder: Path, asked: list[Asked], size: int, answer: Callable[[Se
                 _append(path, new)
                 rows += new
                 bar.update(len(new))
+                if bar.disable and time.time() - said > SAY:
+                    said = time.time()
+                    print(f"{len(rows):,} of {total:,} answers", flush=True)
     rows.sort(key=lambda row: row["sample"])  # stable: the tasks of a sample stay in their order
     return rows
+
+
+def check_same(folder: Path, made: dict) -> None:
+    """Raises UserError if the folder holds, or began, another evaluation, naming what is different."""
+    if (folder / STAMP).exists() or (folder / "log.jsonl").exists():
+        raise UserError(f"--output_dir {folder} holds a training run or a model; name a new folder")
+    path, answered = folder / MADE, (folder / PREDICTIONS).exists() or (folder / METRICS).exists()
+    if not answered:
+        return
+    if not path.is_file():
+        raise UserError(f"--output_dir {folder} holds an evaluation of an older version; name a new folder")
+    before = json.loads(path.read_text())
+    differ = [f"{name} {before.get(name)!r}, not {made.get(name)!r}" for name in made | before if before.get(name) != made.get(name)]
+    if differ:
+        raise UserError(f"--output_dir {folder} holds the evaluation with {'; '.join(differ)}; name a new folder")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from toolkit.ecg.gains import gains, rounded
+from toolkit.ecg.gains import gains, rounded, zscored
 from toolkit.ecg.plot import draw_ecg
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError, windows
@@ -38,6 +38,8 @@ BANNER = "Research software. Not a medical device; not for diagnosis."
 LONGEST = 128  # tokens of an answer, as launchers/evaluate.py
 DEFECTS = {"missing_lead", "flat_lead", "saturated", "amplitude"}  # that sharding.prepare leaves out of what models are trained on, unless told otherwise
 SEXES = ("male", "female")
+OLDEST = 130  # years
+DRAWINGS = (".png", ".svg")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,8 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     for flag, texts in (("--question", args.question), ("--choices", args.choices)):
         if any(not text.strip() for text in texts):
             raise UserError(f"{flag}: one of them is empty")
-    if args.age is not None and not args.age >= 0:
+    if len(set(args.choices)) == 1:
+        raise UserError("--choices: one answer is no choice; name two or more")
+    if args.age is not None and not 0 <= args.age <= OLDEST:
         raise UserError(f"--age: {args.age:g} is no age in years")
+    if args.draw.suffix.lower() not in DRAWINGS:
+        raise UserError(f"--draw: {args.draw} has to end with {' or '.join(DRAWINGS)}")
     ecg, flags, notes = read(args.record, args.start, _described(args))
     tokenizer = ecg_tokenizer_of(args.model, args.tokenizer)
     draw(ecg, args.draw)
@@ -66,11 +72,17 @@ def read(record: str, start: float, array: str) -> tuple[np.ndarray, list[str], 
         ecg, flags = read_checked(record, start, array, "flag")
         count = len(windows(record, "all", array))
     except RecordError as error:
+        if error.reason == "too_short" and start:
+            raise UserError(f"--start: at {start:g} s too little is left of the recording ({error}); leave it out, or name an earlier second") from None
+        if error.reason == "absent" and Path(record).exists():
+            raise UserError("--record: this is no ECG record; name a WFDB record without its extension, or a .npy or .mat file") from None
         hint = "; name a WFDB record without its extension, or a .npy or .mat file" if error.reason == "absent" else ""
         raise UserError(f"--record: it cannot be used ({error.reason}): {error}{hint}") from None
     except OSError as error:
         raise UserError(f"--record: it cannot be read ({error.strerror})") from None
     notes = [f"the recording is longer than 10 s ({count} windows); this is what begins at {start:g} s (--start)"] if count > 1 else []
+    if zscored(gains(ecg)):
+        notes.append("every lead has SD 1: the recording was z-scored before, its voltages are lost, and the drawing is in SD")
     if found := sorted(DEFECTS & set(flags)):
         notes.append(f"recordings with {', '.join(found)} are left out when training data are prepared: what the model says of this one was never judged")
     return ecg, flags, notes
@@ -104,8 +116,8 @@ def ask(
         (given,) = answer_constrained(*how, samples, {0: choices}, device, adapter, top=len(choices))
     else:
         (free,) = answer_tasks(*how, samples, LONGEST, device, adapter)
-        given = [one._asdict() for one in free]
-        if any(len(tokenizer.encode(one.prediction, add_special_tokens=False)) >= LONGEST for one in free):
+        given = [{"prediction": one.prediction, "loglik": one.loglik} for one in free]
+        if any(one.cut for one in free):
             notes.append(f"an answer did not end within {LONGEST} tokens and is cut; its likelihood is that of these")
     return [{"question": task.get("question"), "probability": math.exp(one["loglik"]), **one} for task, one in zip(tasks, given, strict=True)], notes
 
@@ -114,7 +126,7 @@ def draw(ecg: np.ndarray, path: Path) -> None:
     """The ECG [12, 5000] mV on paper, under the banner. Raises UserError naming --draw."""
     page = io.BytesIO()
     try:
-        draw_ecg(ecg, page, title=BANNER, format=path.suffix.lower().lstrip("."))
+        draw_ecg(ecg, page, title=BANNER, unit="SD" if zscored(gains(ecg)) else "mV", format=path.suffix.lower().lstrip("."))
         with whole_file(path) as file:
             file.write(page.getvalue())
     except ValueError as error:

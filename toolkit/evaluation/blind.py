@@ -6,10 +6,13 @@ names ("A or B?"). For reports both say the most frequent one, which alone reach
 PTB-XL, so every score is shown beside theirs.
 """
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+from toolkit.evaluation.leak import short
+from toolkit.shards.reader import Shards, locate
 from toolkit.tasks.answers import join_answers
 
 # A plain dict, so that it can be written to JSON beside the metrics:
@@ -42,6 +45,21 @@ def fit(train_tasks: Iterable[dict]) -> BlindBaseline:
         "report": _majority(reports) if reports else "",
         "classes": {template: sorted(known) for template, known in classes.items()},
     }
+
+
+def of_shards(folders: list[str], **cache) -> tuple[BlindBaseline | None, str]:
+    """The majority answers, and of which training split: the dataset's own, which is harder to beat; if it has none, what the model was tuned on."""
+    for folder in folders:
+        index = locate(folder, "--shards", **cache)[2]
+        if index["kind"] == "tasks" and index["splits"].get("train", {}).get("samples"):
+            train = Shards.open(folder, "train", kind="tasks", **cache)
+            return fit(task for i in range(len(train)) for task in train.meta(i)["tasks"]), f"train of {short(folder)}"
+    return None, "no training split at hand"
+
+
+def digest_of(baseline: BlindBaseline | None) -> str | None:
+    """What tells a baseline from another: 16 hex digits."""
+    return baseline and hashlib.sha256(json.dumps(baseline, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def predict(baseline: BlindBaseline, task: dict, attributes: bool = True) -> str:

@@ -7,34 +7,32 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly
 
-from sharding.manifest import read_manifest
-from toolkit.ecg.gains import FLOOR
+from toolkit.ecg.gains import zscored
 from toolkit.ecg.leads import SAMPLING_RATE
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError
 from toolkit.shards.reader import Shards
+from toolkit.tokenizer.features import recordings
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 
 SHOWN_RATE = 250  # Hz: 10 points a millimetre of paper; half the bytes of 500
-ZSCORED = 0.01  # 400 records that were z-scored upstream have SDs within 0.00002 of 1 in all leads; of 243 in mV none had all twelve within 0.5
 
 Recordings = dict[tuple[str, str], tuple[str, float, str]]  # (source, record id) -> (path, start, array), as in a manifest
 
 
 def ecgs(shards: Shards, samples: Iterable[int], tokenizer: ECGTokenizer) -> dict[int, list[dict]]:
     """The ECGs of these samples, in the form that `write_report` takes: one of each, two of a comparison. 20 to 40 ms an ECG."""
-    recordings = recordings_of(shards)
-    return {i: [ecg_of(shards, i, recordings, tokenizer, number) for number in range(len(shards.ids(i)))] for i in samples}
+    places = recordings_of(shards)
+    return {i: [ecg_of(shards, i, places, tokenizer, number) for number in range(len(shards.ids(i)))] for i in samples}
 
 
 def recordings_of(shards: Shards) -> Recordings:
     """Where the recordings are, by the manifest that the shards were made from; empty if that is not at hand."""
     try:
-        manifest = read_manifest(shards.folder / shards.index.get("manifest", ""))
+        return recordings(shards)
     except UserError:  # the shards were moved without it: the report draws reconstructions alone
         return {}
-    return dict(zip(zip(manifest["source"], manifest["record_id"]), zip(manifest["path"], manifest["start"], manifest["array"])))
 
 
 def ecg_of(shards: Shards, i: int, recordings: Recordings, tokenizer: ECGTokenizer, number: int = 0) -> dict:
@@ -47,14 +45,14 @@ def ecg_of(shards: Shards, i: int, recordings: Recordings, tokenizer: ECGTokeniz
     try:
         signal = read_checked(*recordings[meta["source"], record], "flag")[0]
         reconstruction, note = millivolts(tokenizer, z, signal), ""
-    except (KeyError, RecordError):
+    except (KeyError, RecordError, OSError):
         signal, reconstruction = None, z * gains[:, None]
         note = "The recording is not at hand: this is the tokenizer's reconstruction, each lead about its mean, which is not known."
     return {
         "title": f"ECG {record}",
         "note": note,
         "fs": SHOWN_RATE,
-        "unit": "SD" if np.abs(gains[gains > FLOOR] - 1).max(initial=0) < ZSCORED else "mV",
+        "unit": "SD" if zscored(gains) else "mV",
         "signal": None if signal is None else shown(signal),
         "reconstruction": shown(reconstruction),
         "tokens": tokens,
@@ -64,7 +62,8 @@ def ecg_of(shards: Shards, i: int, recordings: Recordings, tokenizer: ECGTokeniz
 
 def shown(ecg: np.ndarray) -> np.ndarray:
     """[12, 5000] at 500 Hz -> float32 [12, 2500] at the rate that the page draws."""
-    return resample_poly(ecg, 1, SAMPLING_RATE // SHOWN_RATE, axis=1).astype(np.float32)
+    # beyond the ends is the line through both, not zero, which bends an offset of 1 mV by 0.25 at the first sample
+    return resample_poly(ecg, 1, SAMPLING_RATE // SHOWN_RATE, axis=1, padtype="line").astype(np.float32)
 
 
 def millivolts(tokenizer: ECGTokenizer, z: np.ndarray, ecg: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ TRACING = r"(?:e[ck]g|electrocardiogram|tracing)"
 
 # Text is in lower case, one space between words, ae oe ue for umlauts, without "(s)" and the like.
 FINDINGS: dict[str, tuple[str, str]] = {  # finding: (label, pattern)
-    "sinus_rhythm": ("Sinus rhythm (any rate)", r"\bsinus[ -]?(?:rh?yth?m\w*|tach\w*|brad\w*|arr?h?yth\w*)"),
+    "sinus_rhythm": ("Sinus rhythm (any rate)", r"\bsinus[ -]?(?:rh?yth?m\w*|tach\w*|brad\w*|arr?h?yth\w*)|\bnsr\b"),
     "atrial_fibrillation": (
         "Atrial fibrillation",  # "fibrillation/flutter" too, and not flutter: all 50 such reports of PTB-XL's folds 1-8 at hand are coded AFIB
         r"\b(?:atrial fib\w*|a[ -]?fib|af\b|vorhofflimmern|(?:flutter|flattern) ?(?:or|oder|/) ?-?(?:fib|flim)\w*)",
@@ -65,14 +65,14 @@ FINDINGS: dict[str, tuple[str, str]] = {  # finding: (label, pattern)
         r"\b(?:(?:right ventric\w+|r ?v|right|bi-?ventric\w+) (?:hypertroph\w+|enlargement)|rvh|rechts[ -]?(?:ventrikel|herz)?[ -]?hypertroph\w*)",
     ),
     "infarction": ("Infarction (any age)", r"infar[ck]t\w*|\b(?:n?stemi|mi)\b|\b(?:myocardial damage|myokardschaden)"),
-    "ischaemia": ("Ischaemia or injury", r"\bischa?e?mi\w*|\binjur(?:y|ies)\b|innenschichtsch\w*"),
+    "ischaemia": ("Ischaemia or injury", r"(?<!non[ -])\bischa?e?mi\w*|\binjur(?:y|ies)\b|innenschichtsch\w*"),
     "st_depression": (
         "ST depression",
-        rf"\bst\b(?:-t)?{GAP}{{0,3}}? depress\w*|\bst[ -](?:strecken)?-?senkung\w*|\bdepress\w*(?: of)?(?: the)? st\b",
+        rf"\bst\b(?:-t|-segments?)?(?:-depress\w*|{GAP}{{0,3}}? depress\w*)|\bst[ -](?:strecken)?-?senkung\w*|\bdepress\w*(?: of)?(?: the)? st\b",
     ),
     "st_elevation": (
         "ST elevation",
-        rf"(?<!non[ -])\bst\b(?:-t|-segment)?(?:-elevat\w*|{GAP}{{0,3}}? elevat\w*)|\bst[ -](?:strecken)?-?hebung\w*|\belevat\w*(?: of)?(?: the)? st\b",
+        rf"(?<!non[ -])\bst\b(?:-t|-segments?)?(?:-elevat\w*|{GAP}{{0,3}}? elevat\w*)|\bst[ -](?:strecken)?-?hebung\w*|\belevat\w*(?: of)?(?: the)? st\b",
     ),
     "t_wave_change": (
         "T wave or ST-T change",
@@ -90,7 +90,11 @@ FINDINGS: dict[str, tuple[str, str]] = {  # finding: (label, pattern)
         r"|\bpac(?:ed|ing)\b",
     ),
     "wpw": ("Pre-excitation (WPW)", r"\bwpw\b|wolff?[ -]?parkinson|pr[ae]e?-?ex[ck]itation"),
-    "normal_ecg": ("Normal ECG, also otherwise", rf"\b{NORMAL}(?: 12[ -]lead)? {TRACING}\b|\b{TRACING}(?: \w+)? {NORMAL}\b|within normal limits"),
+    "normal_ecg": (
+        "Normal ECG, also otherwise",  # an interval alone may be within normal limits
+        rf"\b{NORMAL}(?: 12[ -]lead)? {TRACING}\b|\b{TRACING}(?: \w+)? {NORMAL}\b"
+        rf"|(?:^|\botherwise |\b(?:{TRACING}|study) (?:\w+ ){{0,2}})within normal limits",
+    ),
     "poor_quality": (
         "Poor signal quality",
         r"\bpoor (?:\w+ )?quality|art[ei]fact\w*|baseline (?:wander|drift|instab)\w*|wandering baseline|\bnoisy\b"
@@ -112,7 +116,10 @@ REWRITTEN = [
         (r"\?", " is possible."),
         # Of a certain infarct whose age is not: "inferior infarction probably old".
         (rf"((?:infar[ck]t\w*|myokardschaden),?) (?:is |are )?(?:possibl[ey]|probabl[ey]|likely|wahrscheinlich|moeglich\w*) {AGE}\w*", r"\1"),
-        (r"\b(?:no|without) (?:definite |significant |other )?(?:patholog\w*|abnormalit(?:y|ies)\b)", "normal ecg"),
+        (
+            r"\b(?:no|without) (?:definite |significant |other )?(?:pathology\b|abnormalit(?:y|ies)\b(?! (?:of|in)\b)|pathologi\w+ (?:findings?|changes?)\b)",
+            "normal ecg",
+        ),
         # Negations of something else than a finding: the clause ends with them.
         (r"\b(?:no|without) (?:significant |major |interval )*(?:change|difference|increase)\w*|\bnot (?:significantly |much )?changed|\bnot only", ";"),
         (r"\b(?:no|keine?|inga)(?: \w+)? p[ -]?(?:waves?|wellen?|vag)\b(?: (?:was |were )?(?:found|seen|visible|identified|erkannt|funna))?", ";"),
@@ -125,23 +132,27 @@ CLAUSE = re.compile(r"[.,;:!()]|\s-+\s|\b(?:but|however|although|though|yet|exce
 NOT_EXCLUDED = (
     r"can ?not (?:be )?(?:\w+ly )?(?:excluded|ruled out)|not (?:be )?(?:\w+ly )?(?:excluded|ruled out)|nicht (?:sicher )?(?:auszuschliessen|ausgeschlossen)"
 )
-NOT_SEEN = r"(?:not|never|nicht) (?:\w+ )?(?:seen|present|evident|found|visible|detected|observed|identified|noted|apparent|nachweisbar)|no longer \w+"
+NOT_SEEN = r"(?:(?:not|never|nicht) (?:\w+ )?|no longer )(?:seen|present|evident|found|visible|detected|observed|identified|noted|apparent|nachweisbar)"
 BEFORE = re.compile(  # leftmost first, then the first alternative: "cannot exclude" is not a "not"
     rf"\b(?:(?P<of_what_is_before>{NOT_EXCLUDED}|{NOT_SEEN})"
-    r"|(?P<absent>not (?:likely|probable|suggestive|consistent)|rules out|(?:has|have) ruled out|excludes|no|not|nor|neither|without|absence|absent"
-    r"|negative for|free of|unlikely|kein\w*|ohne|nicht)"
+    r"|(?P<absent>not (?:likely|probable|suggestive|consistent)|rules out|(?:has|have) ruled out|excludes|no longer|no|not|nor|neither|without|w/o"
+    r"|absence|absent|lack of|negative for|free of|unlikely|kein\w*|ohne|nicht)"
     r"|(?P<uncertain>can ?not (?:\w+ly )?(?:rule out|exclude)|rule out|r/o|exclude|possibl[ey]|probabl[ey]|presumabl[ey]|likely|suspect(?:ed)?"
     r"|suspicious|suspicion|suggest\w*|consider|question\w*|query|equivocal|borderline|may|might|could|moegliche\w*|wahrscheinlich\w*|verdacht|vermutlich|fraglich\w*)"
     r"|(?P<said_of_none>risk of|history of|previously|(?:commonly|usually|often) due to))\b"
 )
 AFTER = re.compile(
+    # the rest of its name: "left axis deviation is not present"
+    r"(?: (?:deviation|interval|rhythms?|beats?|complex(?:es)?|contractions?|blocks?|spikes?|activity|pattern|syndrome|changes?|qrs|voltages?))?"
     r"(?: of \w+ age)?(?: (?:is|are|was|were|has|have|been|should|must|also|be|a|an|very|only|ist|sind))*"
     rf" (?:(?P<uncertain>{NOT_EXCLUDED}|moeglich|fraglich|suspected|questionable|considered|possibility|possible cause|likely cause|likely contributors?"
     r"|(?:possible|probable|likely|query)(?=\s*$))"
     rf"|(?P<absent>{NOT_SEEN}|absent|unlikely|ruled out|excluded|resolved))\b"
 )
 OR_BEFORE, OR_AFTER = re.compile(r"\b(?:or|oder)(?: \w+){0,3} $"), re.compile(r" (?:or|oder)\b")
+AND, OF_BOTH = re.compile(r" (?:and|or|und|oder) "), re.compile(r" (?:are|were|sind) ")
 REACH = 8  # words from "possible" or "no" to its finding, where no punctuation ends the clause
+BACK = REACH + 8  # words looked back over; a cue of BEFORE has up to 6, so that one cut at the start of these is out of reach anyway
 SHORT_REACH = {"sinus_rhythm": 2, "normal_ecg": 2}  # they open and close reports: "no signs of ... r progression v1-3 normal ecg"
 UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue", "ß": "ss", "å": "a", "–": "-", "—": "-", "−": "-", "’": "'", "\n": "."})
 
@@ -160,21 +171,38 @@ def _findings(text: str) -> tuple[tuple[str, str], ...]:
 
 @lru_cache(maxsize=100_000)  # machine statements recur
 def _clause(clause: str) -> list[tuple[str, str]]:
-    return [(name, _status(name, clause, mention)) for name, rule in RULES.items() for mention in rule.finditer(clause)]
+    mentions = [(name, mention) for name, rule in RULES.items() for mention in rule.finditer(clause)]
+    ends = {mention.start(): mention.end() for _, mention in mentions}
+    return [(name, _status(name, clause, mention, ends)) for name, mention in mentions]
 
 
-def _status(name: str, clause: str, mention: re.Match) -> str:
-    """What a clause says of the finding that it mentions; '' if it is said of nobody, as a risk is."""
+def _status(name: str, clause: str, mention: re.Match, ends: dict[int, int]) -> str:
+    """What a clause says of the finding that it mentions; '' if it is said of nobody, as a risk is. ends: of all mentions, by where they start."""
     if name == "normal_ecg" and re.search("abnormal|patholog", mention[0]):
         return "absent"
     if after := AFTER.match(clause, mention.end()):
         return after.lastgroup
-    status = "present"
-    for cue in BEFORE.finditer(clause, 0, mention.end()):  # the nearest has the word; it may stand inside: "t waves are not inverted"
+    if (joint := AND.match(clause, mention.end())) and (after := _said_of_several(clause, ends.get(joint.end()))):
+        return after
+    start, status = _back(clause, mention.start()), "present"
+    for cue in BEFORE.finditer(clause, start, mention.end()):  # the nearest has the word; it may stand inside: "t waves are not inverted"
         if cue.lastgroup != "of_what_is_before" and len(clause[cue.end() : mention.start()].split()) <= SHORT_REACH.get(name, REACH):
             status = "" if cue.lastgroup == "said_of_none" else cue.lastgroup
-    either = " or " in mention[0] or OR_BEFORE.search(clause, 0, mention.start()) or OR_AFTER.match(clause, mention.end())
+    either = " or " in mention[0] or OR_BEFORE.search(clause, start, mention.start()) or OR_AFTER.match(clause, mention.end())
     return "uncertain" if status == "present" and either and name != "t_wave_change" else status  # T waves "are low or flat"
+
+
+def _said_of_several(clause: str, end: int | None) -> str:
+    """What is said of "ST elevation and T wave inversion" behind the second, if the verb is of both; end: of the second."""
+    after = AFTER.match(clause, end) if end is not None and OF_BOTH.match(clause, end) else None
+    return after.lastgroup if after else ""
+
+
+def _back(clause: str, place: int) -> int:
+    """Where the words begin that BEFORE looks at: not all of a clause, or one of a thousand findings, as of a model that repeats itself, takes minutes."""
+    for _ in range(BACK + 1):
+        place = clause.rfind(" ", 0, max(place, 0))
+    return max(place, 0)
 
 
 def findings(text: str) -> dict[str, str]:
@@ -182,8 +210,8 @@ def findings(text: str) -> dict[str, str]:
 
     uncertain: "possible", "consider", "cannot rule out", "suggesting", "borderline", one of two named with "or", ... absent: "no", "without",
     "rules out", "is unlikely", ... Such a word reaches to the end of its clause, at most 8 words; the nearest before a finding has the say, and
-    one right behind it ("... cannot be excluded") more. What is mentioned twice takes the strongest: present, uncertain, absent. "A possible old
-    infarct" is uncertain, "an infarct, possibly old" is present: there only its age is in doubt.
+    one right behind it ("... cannot be excluded") more; behind two of them, "are" is said of both. What is mentioned twice takes the strongest: present,
+    uncertain, absent. "A possible old infarct" is uncertain, "an infarct, possibly old" is present: there only its age is in doubt.
     """
     return dict(_findings(text))
 

@@ -1,5 +1,6 @@
 """Greedy answers to the tasks of ECGs: the prefix is computed once per ECG, its cache shared by all its questions."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from toolkit.errors import UserError
 from toolkit.lm.continuous import ECGAdapter, embedded
 from toolkit.tasks.prompts import Prompts, end_id, prompt_ids, reference_text, shared_ids
 from toolkit.tasks.vocabulary import ECGVocabulary
@@ -20,6 +22,8 @@ class Answer(NamedTuple):
 
     prediction: str
     loglik: float
+    tokens: int
+    cut: bool  # it went on to the last token that it was allowed
 
 
 def answer_rows(answer: Callable[[list[Sample]], list[list[Answer]]], samples: list[Sample], batch: int = BATCH) -> list[dict]:
@@ -62,6 +66,10 @@ def answer_tasks(
     # a row of the batch is an ECG with all its questions; or, where nothing is shared, a question
     sizes = [len(tasks) for *_, tasks in asking] if shared[0] else [1] * len(asked)
     features = [meta["features"] for _, meta, _ in (asking if shared[0] else asked)] if adapter else []
+    longest = max(map(len, questions)) + max(map(len, shared))
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if longest >= context:
+        raise UserError(f"--model: a prompt of {longest} tokens leaves no room for an answer in its context of {context}; judge tasks about fewer ECGs")
     of_row = [some.tolist() for some in np.split(np.arange(len(asked)), np.cumsum(sizes)[:-1])]
     starts = [len(ids) for ids in shared] if shared[0] else [0] * len(asked)
     rows = Rows(model, device, sizes)
@@ -75,7 +83,7 @@ def answer_tasks(
     logliks = [0.0] * len(questions)
     # of each answer that goes on, by row: its question, its next token, that one's place, its branch
     active = [[(q, questions[q][-1], start + len(questions[q]) - 1, n) for n, q in enumerate(some)] for some, start in zip(of_row, starts)]
-    for _ in range(max_new_tokens):
+    for _ in range(int(min(max_new_tokens, context - longest))):
         going = [n for n, some in enumerate(active) if some]
         if not going:
             break
@@ -97,7 +105,8 @@ def answer_tasks(
                     answers[q].append(token)
                     active[n].append((q, token, place + 1, branch))
     texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-    given = map(Answer, texts, logliks)
+    cut = {q for some in active for q, *_ in some}
+    given = (Answer(text, logliks[q], len(answers[q]), q in cut) for q, text in enumerate(texts))
     return [[next(given) for _ in tasks] for *_, tasks in samples]
 
 

@@ -10,7 +10,8 @@ Where a choice had to be made:
 - The release knows five question types and stops at any other; here each is counted under its name.
 - It counted a question of several ranks' padding twice and paired reports with those of another rank (PAPER.md, section 2, items 19 and 20); not done here.
 - Its answers are joined by ".", ours by "; ", which its comparison takes for one answer: `exact_match` is theirs to the letter, and
-  `exact_match_own_separator` what it would be had the model written "." for "; ". No answer of ECG-QA holds either.
+  `exact_match_own_separator` what it would be had the model written "." for "; ". No answer of ECG-QA holds either. A prediction that a file holds
+  as a list, as the release writes them, is split already: both are of that list as it is.
 - Without WordNet on this machine the release stops; here METEOR is None.
 """
 
@@ -47,8 +48,8 @@ def _questions(rows: Sequence[dict]) -> dict[str, dict]:
     found: dict[str, list[tuple[bool, bool]]] = {}
     for row in rows:
         prediction, answers = column(row, "prediction").strip(), set(column(row, "reference").split(ANSWER_SEPARATOR))
-        theirs = set(prediction.split(".")) == answers
-        ours = set(prediction.replace(ANSWER_SEPARATOR, ".").split(".")) == answers
+        theirs = set(row.get("predicted", prediction.split("."))) == answers
+        ours = set(row.get("predicted", prediction.replace(ANSWER_SEPARATOR, ".").split("."))) == answers
         found.setdefault(column(row, "question_type"), []).append((theirs, ours))
     scores = {}
     for kind, judged in sorted(found.items()):

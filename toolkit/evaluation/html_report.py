@@ -17,7 +17,8 @@ import numpy as np
 from markupsafe import Markup
 
 from toolkit.evaluation.metrics import is_correct
-from toolkit.evaluation.table import MODEL, OVER
+from toolkit.evaluation.predictions import MODEL
+from toolkit.evaluation.table import OVER
 from toolkit.evaluation.text import rouge
 from toolkit.files import write_text
 
@@ -31,7 +32,10 @@ LEVELS = {
     "finding": "by finding",
 }
 FEWER_IS_BETTER = ("invalid",)
-FILTERS = {"type": "Question type", "attribute": "Attribute", "label": "Diagnosis", "result": "Right or wrong", "site": "Site"}  # as report.js names them
+FILTERS = {  # as report.js names them
+    "type": "Question type", "attribute": "Attribute", "label": "Diagnosis", "result": "Right or wrong", "site": "Site", "ecg": "ECG",
+}  # fmt: skip
+PATHS = ("model", "shards")  # of what was run; where a person's files lie is nobody's business
 MISSING = "–"  # a score that is not defined
 
 STEP = 0.005  # 5 uV: a fifth of a pixel at the page's usual size
@@ -44,7 +48,7 @@ def write_report(path: str | os.PathLike, metrics: dict, rows: Sequence[dict], e
 
     metrics: as `toolkit.evaluation.table.table` gives it. rows: the prediction rows to list, all that were judged or some. ecgs: sample -> its ECGs, as
     `toolkit.evaluation.cards.ecgs` gives them, of the cases that shall have one. info: what was run, shown as a table in the given order; a list is joined
-    by commas.
+    by commas, and of the paths of model and shards the last part is shown.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -60,7 +64,7 @@ def write_report(path: str | os.PathLike, metrics: dict, rows: Sequence[dict], e
         style=Markup(_part("report.css")),
         script=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        info={name: _text(value) for name, value in info.items()},
+        info={name: _text(_ends(value) if name in PATHS else value) for name, value in info.items()},
         notes=metrics["notes"],
         columns=["Model", *controls],
         over=over,
@@ -91,7 +95,8 @@ def _sections(lines: Sequence[dict], controls: list[str], over: str | None) -> l
         folded = not whole and (level not in OPEN_LEVELS or any(known == level and other != score for known, other in group))
         table = group.setdefault(key, {"title": title, "head": head, "folded": folded, "rows": []})
         table["rows"].append({**_row(line, controls, over), "label": label, "total": whole and line["score"] == "exact_match" and level == "all"})
-    return [{"title": section, "tables": list(group.values())} for section, group in tables.items()]
+    fewer = {line["section"] for line in lines if line["score"] in FEWER_IS_BETTER}
+    return [{"title": section, "tables": list(group.values()), "invalid": section in fewer} for section, group in tables.items()]
 
 
 def _row(line: dict, controls: list[str], over: str | None) -> dict:
@@ -188,6 +193,10 @@ def _points(difference: float) -> str:
 
 def _percent(fraction: float | None) -> str:
     return MISSING if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _ends(paths: str | Sequence[str]) -> str | list[str]:
+    return Path(paths).name or paths if isinstance(paths, str) else [_ends(path) for path in paths]
 
 
 def _text(value) -> str:

@@ -26,8 +26,9 @@ def noise_name(decibels: float) -> str:
 class Inputs:
     """`of(kind, i)`: the codes uint16 [n_ecgs, 313] and the json that stand for sample i of task shards.
 
-    kind: None for the ECG itself, SHUFFLED, FLAT, or decibels. In the json gains and `features` are those of what is shown, age and sex are the patient's
-    own: what is left is what the words alone say. features: of a model that reads continuous ECGs.
+    kind: None for the ECG itself, SHUFFLED, FLAT, or decibels. In the json gains and `features` are those of what is shown, age and sex the patient's own. A
+    flat line is nothing that a model has seen, so it may say anything: what the words alone tell it, SHUFFLED shows.
+    features: of a model that reads continuous ECGs.
     donors: int64 [len(shards)], by whose ECG each is replaced (`other_patients`).
     """
 
@@ -75,19 +76,22 @@ class Inputs:
             raise UserError(f"{FLAG}: the recording {place[0]} cannot be read ({error}); put it back, or leave {FLAG} out") from error
 
 
-def other_patients(patients: Sequence[str], n_ecgs: Sequence[int], seed: int) -> np.ndarray:
-    """int64 [n]: for each sample another one with as many ECGs of another patient, drawn by the seed alone; -1 where there is none.
+def other_patients(patients: Sequence[tuple[str, ...]], n_ecgs: Sequence[int], seed: int) -> np.ndarray:
+    """int64 [n]: for each sample another one with as many ECGs and none of its patients, drawn by the seed alone; -1 where there is none.
 
-    The samples of each n_ecgs in a random order: each takes the next one of another patient. So each ECG stands in for about one other.
+    patients: of each sample's ECGs, one or two. The samples of each n_ecgs in a random order: each takes the next one of other patients. So each ECG stands
+    in for about one other.
     """
-    patients, n_ecgs = np.unique(np.asarray(patients), return_inverse=True)[1], np.asarray(n_ecgs)
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patient for some in patients for patient in some))}
+    whose, n_ecgs = np.array([[numbers[some[0]], numbers[some[-1]]] for some in patients]), np.asarray(n_ecgs)
     donors = np.full(len(patients), -1)
     rng = np.random.default_rng(seed)
     for n in np.unique(n_ecgs):
         order = rng.permutation(np.flatnonzero(n_ecgs == n))
         for step in range(1, len(order)):  # as many as the most ECGs of one patient that follow each other, so few
             ahead = np.roll(order, -step)
-            taken = (donors[order] < 0) & (patients[order] != patients[ahead])
+            alike = (whose[order][:, :, None] == whose[ahead][:, None]).any((1, 2))
+            taken = (donors[order] < 0) & ~alike
             donors[order[taken]] = ahead[taken]
             if (donors[order] >= 0).all():
                 break

@@ -6,52 +6,59 @@ from pathlib import Path
 from toolkit.errors import UserError
 from toolkit.lm.backbone import STAMP
 from toolkit.shards.reader import Shards
-from toolkit.training.shards import ShardArguments
 
 SHOWN = 3  # samples named in an error
+UNKNOWN = "the model, or its backbone, does not say what it was trained on"
 
 
-def trained_on(model: str | Path) -> list[str]:
-    """The shards that a model of ours, and the backbone below it, was trained on, as its stamp remembers them; [] if it does not."""
+def remembered(model: str | Path) -> dict:
+    """The stamp of a model folder; {} where there is none."""
     path = Path(model) / STAMP
-    return json.loads(path.read_text()).get("trained_on", []) if path.is_file() else []
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def check_leak(judged: Shards, folders: list[str], named: bool, args: ShardArguments) -> tuple[list[str], str | None]:
-    """What was found of patients that are in both: (the training shards that were looked at, a sentence for the report or None).
+def check_leak(judged: Shards, named: list[str], known: list[dict], warn: bool, **cache) -> tuple[list[str], list[str]]:
+    """(the folders of training shards that were looked at, sentences for the report): of patients that are in both, and of what could not be looked at.
 
-    judged: the split of task shards that is to be judged. folders: of the training shards; named: by --train_shards, so that one that is not there is a
-    mistake; else it is left out and said. Raises UserError naming --train_shards on overlap, unless --on_leak warn.
+    judged: the split of task shards that is to be judged. named: folders of --train_shards. known: of the model's stamp; one that is not there any more,
+    or is another by its digest, is said, unless a named one has its digest. Raises UserError naming --train_shards for a named one that is not
+    there, and on overlap unless `warn`.
     """
-    cache = {"cache": args.shard_cache, "cache_gb": args.shard_cache_gb}
-    looked, absent, shared = [], [], set()
+    trains = {folder: Shards.open(folder, "train", flag="--train_shards", **cache) for folder in named}
+    digests, notes = {one.digest for one in trains.values()}, []
+    for one in known or [{"shards": None}] * (not named):
+        if one["shards"] is None:
+            notes.append(f"No leak check of all that the model was trained on: {UNKNOWN}. Name it with --train_shards.")
+        elif one["digest"] not in digests:
+            try:
+                train = Shards.open(one["shards"], "train", flag="--train_shards", **cache)
+            except UserError:
+                train = None
+            if train is None or train.digest != one["digest"]:
+                gone = "is not at hand" if train is None else "has changed since"
+                notes.append(f"No leak check of {short(one['shards'])}, which the model was trained on: it {gone}. Name it with --train_shards.")
+            else:
+                trains[one["shards"]] = train
+                digests.add(train.digest)
     patients = [judged.meta(i)["patients"] for i in range(len(judged))]
-    mine = {patient for some in patients for patient in some}
-    for folder in folders:
-        try:
-            train = Shards.open(folder, "train", flag="--train_shards", **cache)
-        except UserError:
-            if named:
-                raise
-            absent.append(folder)
-            continue
-        looked.append(folder)
+    mine, shared = {patient for some in patients for patient in some}, set()
+    for train in trains.values():
         one = train.index["kind"] == "tokens"
         for i in range(len(train)):
             meta = train.meta(i)
             shared.update(mine.intersection([meta["patient"]] if one else meta["patients"]))
     if shared:
         samples = [i for i, some in enumerate(patients) if shared.intersection(some)]
-        text = (
-            f"{len(shared)} of the {len(mine)} patients of split {judged.split} are in the training shards ({', '.join(looked)}),"
-            f" with {len(samples)} of {len(patients)} samples, such as {', '.join(judged.key(i) for i in samples[:SHOWN])}"
-        )
-        if args.on_leak == "error":
-            raise UserError(f"--train_shards: {text}; judge another split, or shards made with the same split, or know it: --on_leak warn")
-        return looked, f"Leak: {text}. The figures are of patients that the model was trained on."
-    if not folders:
-        return looked, "No leak check: the model does not say what it was trained on. Name it with --train_shards."
-    if absent:
-        gone = f"not at hand: {', '.join(absent)}. Name them with --train_shards."
-        return looked, f"Leak check of {len(looked)} of {len(folders)} folders of training shards; {gone}"
-    return looked, None
+        text = f"{len(shared)} of the {len(mine)} patients of split {judged.split} are in the training shards, with {len(samples)} of {len(patients)} samples"
+        if not warn:
+            raise UserError(
+                f"--train_shards: {text}, such as {', '.join(judged.key(i) for i in samples[:SHOWN])} ({', '.join(trains)});"
+                " judge another split, or shards made with the same split, or know it: --on_leak warn"
+            )
+        notes.insert(0, f"Leak: {text}. The figures are of patients that the model was trained on.")
+    return list(trains), notes
+
+
+def short(folder: str) -> str:
+    """The end of a path, for files that are handed on."""
+    return "/".join(Path(folder).parts[-2:]) if Path(folder).is_absolute() else folder

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from toolkit.errors import UserError, first_line
 from toolkit.evaluation import text
 from toolkit.evaluation.scores import Score, mean_score
-from toolkit.tasks.answers import split_answers
+from toolkit.tasks.answers import ANSWER_SEPARATOR, split_answers
 
 TASKS = ("ecgqa", "report")
 SINGLE_QUESTION_TYPES = ("single-verify", "single-choose", "single-query")
@@ -30,7 +30,8 @@ CONVENTIONS = {
         "exact match; an empty prediction scores 0"
     ),
     "invalid": (
-        "share of predictions that are empty or hold an answer outside the template's classes, right or wrong; over questions whose template has classes"
+        "share of predictions that are empty or hold an answer outside the template's classes, right or wrong, so that fewer are better; over questions "
+        "whose template has classes"
     ),
     **text.CONVENTIONS,
 }
@@ -122,6 +123,8 @@ def _classes_of(line: dict, where: str) -> tuple[int, list[str]]:
         raise UserError(f"{where}: a template number and a list such as \"['no', 'yes']\" are to stand there") from None
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise UserError(f"{where}: classes is to be a list of answers, such as ['no', 'yes']")
+    if parted := next((answer for answer in answers if ANSWER_SEPARATOR.strip() in answer), None):
+        raise UserError(f"{where}: the class {parted!r} holds a ';', which parts answers; write it with ','")
     return template, answers
 
 

@@ -189,7 +189,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", required=True, help="task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one")
     parser.add_argument("--split", choices=SPLITS, default="test", help="whose samples are read (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, help="folder for gap.json and gap.png")
-    parser.add_argument("--samples", type=int, default=200, help="at most this many samples, evenly spaced over the split (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200, help="at most this many samples, above 10, evenly spaced over the split (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.samples <= K:
         raise UserError(f"--samples {args.samples}: has to be above {K}, the neighbours that are looked at")

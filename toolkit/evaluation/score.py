@@ -4,9 +4,11 @@ python -m toolkit.evaluation.score --predictions runs/demo/evaluate/predictions.
 python -m toolkit.evaluation.score --predictions P.jsonl --classes ecgqa/ptbxl/answers_for_each_template.csv --json > scores.json
 python -m toolkit.evaluation.score --predictions P.jsonl --compat heartllm      # the arithmetic of the authors' release
 
-A row is a JSON object on a line of its own (or an element of one JSON list) and needs `prediction` and `reference`: text, or a list of answers. These help:
-id, question_type, template_id, attribute_type, task ("ecgqa" or "report"), patient (any number or name: it is compared, never shown), and controls, the
-answers of other systems or of this one without the ECG, {"majority": "yes", "shuffled": "no"}. An empty prediction counts as wrong and is never dropped.
+A row is a JSON object on a line of its own (or an element of one JSON list) and needs `prediction` and `reference` (else `answer` or `gt`, as in the authors'
+files): text, or a list of answers. Several answers in one text are joined by "; ", as in "atrial fibrillation; left axis deviation", in any order. These
+help: id, question_type, template_id, attribute_type, task ("ecgqa" or "report"), patient (any number or name: it is compared, never shown) with source, and
+controls, the answers of other systems or of this one without the ECG, {"majority": "yes", "shuffled": "no"}. An empty prediction counts as wrong and is
+never dropped.
 Intervals are 95 %, by bootstrap over patients. Research software: a score says nothing about use on patients.
 """
 

@@ -14,21 +14,24 @@ import base64
 import hashlib
 import io
 import json
+import os
 import random
 import re
+import secrets
+from collections import Counter
 from pathlib import Path
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from toolkit.ecg.gains import FLOOR
+from toolkit.ecg.gains import gains, zscored
 from toolkit.ecg.plot import draw_ecg
 from toolkit.ecg.quality import read_checked
 from toolkit.ecg.records import RecordError
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.evaluation import agreement
-from toolkit.evaluation.cards import ZSCORED, recordings_of
+from toolkit.evaluation.cards import recordings_of
 from toolkit.evaluation.findings import finding_scores
 from toolkit.evaluation.metrics import report_scores
 from toolkit.evaluation.predictions import read_predictions, units
@@ -55,7 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     new.add_argument("--other", type=Path, nargs="+", default=[], help="predictions of other systems for the same references, matched by id")
     new.add_argument("--out", required=True, type=Path, help="a new folder, for study.html and key.json")
     new.add_argument("--cases", type=int, default=50, help="how many reports, of as many patients, drawn by chance (default 50)")
-    new.add_argument("--seed", type=int, default=0, help="of the draw and of the orders (default 0)")
+    new.add_argument(
+        "--seed", type=int, help="of draw and orders, so part of the key: who knows it knows whose the texts are (default: drawn by chance, kept in key.json)"
+    )
     new.add_argument("--shards", help="task shards that the predictions were made from: draws each case's 12-lead ECG, from its recording")
     new.add_argument("--split", default="test", choices=("train", "valid", "test"), help="split of --shards that was judged (default test)")
     judged = commands.add_parser("score", help="read the raters' exports")
@@ -78,11 +83,12 @@ def make(args: argparse.Namespace) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise UserError(f"--out: {args.out} is not empty, and the key of a study that was begun must not be lost; name a new folder")
     paths = [args.predictions, *args.other]
-    if len(set(paths)) < len(paths) or len(paths) >= MANY:
+    if len({path.resolve() for path in paths}) < len(paths) or len(paths) >= MANY:
         raise UserError(f"--other: every file once, and fewer than {MANY} in all")
     systems = [reports_of(path, flag) for path, flag in zip(paths, ["--predictions", *["--other"] * len(args.other)])]
-    chosen = choose(systems, paths, args.cases, args.seed)
-    shuffle, cases = random.Random(f"order {args.seed}"), []
+    seed = secrets.randbits(128) if args.seed is None else args.seed  # a default that stands in this file would tell every rater the orders
+    chosen = choose(systems, paths, args.cases, seed)
+    shuffle, cases = random.Random(f"order {seed}"), []
     for id in chosen:
         texts = [[0, systems[0][id]["reference"]], *([i, system[id]["prediction"]] for i, system in enumerate(systems, 1))]
         shuffle.shuffle(texts)
@@ -92,9 +98,16 @@ def make(args: argparse.Namespace) -> int:
     study = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]  # of what raters see, not of the key
     with new_folder(args.out) as folder:
         write_text(folder / PAGE, page(study, shown))
-        key = {"format": FORMAT, "study": study, "sources": [REFERENCE, *map(str, paths)], "cases": cases}
+        key = {"format": FORMAT, "study": study, "seed": seed, "sources": [REFERENCE, *short_names(paths)], "cases": cases}
         write_text(folder / KEY, json.dumps(key, indent=1, ensure_ascii=False))
     return len(cases)
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """The end of each path that no other has: key.json is handed on with results, and where a person's files lie is nobody's business."""
+    ends = [["/".join(parts[-n:]) for n in range(1, len(parts) + 1)] for parts in (Path(os.path.abspath(path)).parts for path in paths)]
+    taken = Counter(end for some in ends for end in some)
+    return [next(end for end in some if taken[end] == 1 and end != REFERENCE) for some in ends]
 
 
 def reports_of(path: Path, flag: str) -> dict[str, dict]:
@@ -136,9 +149,7 @@ def draw(rows: list[dict], folder: str, split: str) -> list[str]:
             ecg = read_checked(*recordings[meta["source"], meta["record_ids"][0]], "flag")[0]
         except (KeyError, RecordError):
             raise UserError(f"--shards: the recording of sample {i} is not at hand; bring the manifest and its data, or leave --shards out") from None
-        std = ecg.std(1)
-        zscored = np.abs(std[std > FLOOR] - 1).max(initial=0) < ZSCORED
-        draw_ecg(ecg, picture, unit="SD" if zscored else "mV")
+        draw_ecg(ecg, picture, unit="SD" if zscored(gains(ecg)) else "mV")
         pictures.append(base64.b64encode(picture.getvalue()).decode())
     return pictures
 
@@ -163,7 +174,7 @@ def read_key(folder: Path) -> dict:
         return key
     except OSError as error:
         raise UserError(f"--study: {folder / KEY} cannot be read: {error.strerror}; name the folder that `make` wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"--study: {folder / KEY} is no key of a study; name the folder that `make` wrote") from error
@@ -180,7 +191,7 @@ def read_exports(key: dict, paths: list[Path]) -> np.ndarray:
             raise UserError(f"--exports: {path} cannot be read: {error.strerror}") from error
         except UserError as error:
             raise UserError(f"--exports: {path}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"--exports: {path} is not a file that the rating page exports ({type(error).__name__}: {error})") from error
         if rater in raters:
             raise UserError(f"--exports: {raters[rater]} and {path} are both of rater {rater!r}; give the later one, or tell two people apart by name")

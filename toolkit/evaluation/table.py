@@ -11,12 +11,11 @@ import numpy as np
 
 from toolkit.errors import UserError
 from toolkit.evaluation import findings, metrics
-from toolkit.evaluation.predictions import UNIT_NOTES, UNKNOWN, units
+from toolkit.evaluation.predictions import MODEL, UNIT_NOTES, UNKNOWN, units
 from toolkit.evaluation.scores import Score
 from toolkit.evaluation.statistics import interval, resampled_all
 from toolkit.tasks.answers import split_answers
 
-MODEL = "model"
 OVER = ("shuffled", "flat", "majority", "blind")  # the terminal shows the difference to the first of these that there is
 QUESTIONS, REPORTS, FINDINGS = "ECG-QA", "Reports", "Clinical findings"
 GROUPED = {  # section -> level -> the scores that are given group by group

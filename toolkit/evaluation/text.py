@@ -48,7 +48,10 @@ CONVENTIONS = {
         "as a token of its own"
     ),
     "meteor": f"nltk {nltk.__version__} METEOR ({METEOR_STAGES}) on whitespace tokens in lower case, mean over reports; below 1 even for a perfect report",
-    "rouge": "rouge-score F1 of ROUGE-1, -2 and -L without stemming, mean over reports",
+    "rouge": (
+        "rouge-score F1 of ROUGE-1, -2 and -L without stemming, mean over reports; its words are of a to z and digits: any other letter parts a word as a "
+        "space does, and a report in another script scores 0"
+    ),
     "report": "every report counts, an empty prediction with 0",
 }
 

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 import transformers
 
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import new_folder
+from toolkit.files import new_folder, write_text
 from toolkit.lm.backbone import STAMP
 from toolkit.lm.carried import FOLDER, carried_in
 from toolkit.lm.continuous import FILE
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     with new_folder(args.out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        shutil.copy(args.adapter / STAMP, folder / STAMP)  # the same ECG tokens and prompts
+        # the same ECG tokens and prompts; no path of where the training shards lay goes along: their digests tell them
+        stamp = json.loads((args.adapter / STAMP).read_text())
+        trained = [one | {"shards": one["shards"] and Path(one["shards"]).name} for one in stamp.get("trained_on", [])]
+        write_text(folder / STAMP, json.dumps(stamp | ({"trained_on": trained} if trained else {}), indent=2))
         if carried := carried_in(args.adapter):
             shutil.copytree(carried, folder / FOLDER)
     print(f"{args.out}: {model.num_parameters():,} parameters in {args.precision}. Research software; not for diagnosis.")

@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from toolkit.errors import UserError, first_line
-from toolkit.lm.backbone import check_stamp
+from toolkit.lm.backbone import backbone_digest, check_stamp
 from toolkit.lm.continuous import ECGAdapter
 from toolkit.lm.vocabulary import ecg_vocabulary
 from toolkit.tasks.prompts import Prompts
@@ -70,3 +70,9 @@ def backbone_of(folder: Path, flag: str) -> Path | str:
     if not found:
         raise UserError(f"{flag}: the backbone of {folder} is gone; put it back to {path}, or beside the adapter as {places[2]}")
     return found
+
+
+def model_digest(folder: str, model) -> str:
+    """What tells this model from another of the same name; of an adapter, its backbone with it."""
+    of_backbone = backbone_digest(str(backbone_of(Path(folder), "--model")), model) if (Path(folder) / ADAPTER).is_file() else ""
+    return f"{backbone_digest(folder, model)} {of_backbone}".strip()

@@ -69,9 +69,14 @@ def _check_budget(split: str, names: list[str], entry: dict, budget: float, main
         print(f"{text}; training without them", flush=True)
 
 
-def trained_on(stamp: dict | None, shards: list[str]) -> list[str]:
-    """What a model's stamp remembers of shards, so that its evaluation sees that no patient of theirs is judged: these, and those of the backbone."""
-    return list(dict.fromkeys([*(stamp or {}).get("trained_on", []), *(one if is_url(one) else str(Path(one).resolve()) for one in shards)]))
+def trained_on(stamp: dict | None, shards: list[Shards], names: list[str]) -> list[dict]:
+    """What a model's stamp remembers of its training shards, those of its backbone's stamp with them, so that no patient of theirs is judged unseen.
+
+    {"shards": folder or URL, "digest"} each; {"shards": None} for a backbone of before stamps said it. names: of the shards, as the user gave them.
+    """
+    known = [] if stamp is None or "made_of" in stamp else stamp.get("trained_on", [{"shards": None}])
+    own = [{"shards": name if is_url(name) else str(Path(name).resolve()), "digest": one.digest} for one, name in zip(shards, names, strict=True)]
+    return [*known, *(one for one in own if one not in known)]
 
 
 def check_together(train: list[Shards], valid: list[Shards]) -> None:
