@@ -33,7 +33,7 @@ def scored(rows, classes=None):
 
 
 answers = st.lists(st.sampled_from(["yes", "no", "avb", "lead V1", "Lead I, aVL"]), unique=True, max_size=3)
-kinds = st.sampled_from([*SINGLE, COMPARISON, "open"])
+kinds = st.sampled_from([*SINGLE, COMPARISON, "own-query"])
 question_rows = st.lists(st.builds(question, answers.map("; ".join), answers.filter(len).map("; ".join), kinds, st.integers(1, 3)), max_size=12)
 CLASSES = {1: ["yes", "no"], 2: ["lead V1", "Lead I, aVL", "none"]}
 
@@ -295,3 +295,10 @@ def test_blind_reports_and_nothing_learned():
     assert blind.predict(nothing, reports[0]) == "" and blind.predict(nothing, asked(1, None, ["yes"])) == ""
     with pytest.raises(ValueError, match="'t9'.*'pretrain'"):
         blind.fit([{"id": "t9", "task": "pretrain"}])
+
+
+def test_an_unknown_question_type_is_an_error():
+    for kind in ("single-verify", "comparison_irrelevant-query", "own-choose", "unknown"):
+        assert ecgqa_scores([question("a", "a", kind)], ["a"], None)
+    with pytest.raises(UserError, match="question type 'single-verfy' is unknown; it has to end with verify, choose or query"):
+        ecgqa_scores([question("a", "a", "single-verfy")], ["a"], None)

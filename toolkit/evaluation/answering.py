@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from toolkit.errors import UserError
+from toolkit.evaluation.metrics import check_question_type
 from toolkit.files import write_text
 from toolkit.lm.backbone import STAMP
 from toolkit.shards.reader import Shards
@@ -38,10 +39,13 @@ class Asked(NamedTuple):
 
 
 def survey(shards: Shards) -> list[Asked]:
-    """Of every sample of task shards, in their order."""
+    """Of every sample of task shards, in their order. Raises UserError naming --shards for a question type that could not be judged after all."""
     found = []
     for i in range(len(shards)):
         meta = shards.meta(i)
+        for task in meta["tasks"]:
+            if task["task"] == "ecgqa":
+                check_question_type(task["question_type"], f"--shards: question {task['id']!r}")
         longest = max(len(task["question"]) if task["task"] == "ecgqa" else REPORT_LENGTH for task in meta["tasks"])
         templates = frozenset(task["template_id"] for task in meta["tasks"] if task["task"] == "ecgqa")
         found.append(Asked(int(shards.rows[i]["n_ecgs"]), tuple(meta["patients"]), len(meta["tasks"]), longest, templates))

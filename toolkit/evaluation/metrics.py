@@ -20,6 +20,7 @@ from toolkit.tasks.answers import ANSWER_SEPARATOR, split_answers
 TASKS = ("ecgqa", "report")
 SINGLE_QUESTION_TYPES = ("single-verify", "single-choose", "single-query")
 
+QUESTION_KINDS = ("verify", "choose", "query", "unknown")  # the last one of predictions that do not say
 CONVENTIONS = {
     "exact_match": (
         'set equality of the normalised answers (lower case, stripped, split on the answer separator "; "); over all questions it is the micro average, '
@@ -59,13 +60,13 @@ def exact_match(rows: Sequence[dict]) -> dict[str, float | None]:
 def ecgqa_scores(rows: Sequence[dict], predictions: Sequence[str], classes: dict[int, list[str]] | None) -> list[Score]:
     """exact_match of all questions; answer_f1 of query questions; with classes, invalid of those questions whose template has some.
 
-    predictions: [len(rows)], what is judged of each row. classes: of `read_classes`. A score of no row is left out. A question type
-    that ECG-QA does not have counts like any other. Raises UserError without rows, and on a row of an unknown task, without a column or
-    with a reference that holds no answer; ValueError if predictions do not fit the rows.
+    predictions: [len(rows)], what is judged of each row. classes: of `read_classes`. A score of no row is left out. Raises UserError without rows, and
+    on a row of an unknown task or question type, without a column or with a reference that holds no answer; ValueError if predictions do not fit the rows.
     """
     questions = _judged(rows, predictions, "ecgqa")
     wanted = {i: split_answers(column(rows[i], "reference")) for i in questions}
     for i in questions:
+        check_question_type(column(rows[i], "question_type"), _name(rows[i]))
         if not wanted[i]:
             raise UserError(f"{_name(rows[i])}: the column 'reference' holds no answer")
     given = {i: split_answers(predictions[i]) for i in questions}
@@ -79,6 +80,12 @@ def ecgqa_scores(rows: Sequence[dict], predictions: Sequence[str], classes: dict
         ("invalid", "Invalid answers", closed, lambda i: not given[i] or not given[i] <= allowed[rows[i]["template_id"]]),
     )
     return [mean_score(name, label, at, [score(i) for i in at]) for name, label, at, score in judged if at]
+
+
+def check_question_type(kind: str, where: str) -> None:
+    """Raises UserError for a question type that does not end as those of ECG-QA do: the end says how it is answered and scored."""
+    if kind.rpartition("-")[2] not in QUESTION_KINDS:
+        raise UserError(f"{where}: question type {kind!r} is unknown; it has to end with {', '.join(QUESTION_KINDS[:-2])} or {QUESTION_KINDS[-2]}")
 
 
 def report_scores(rows: Sequence[dict], predictions: Sequence[str]) -> list[Score]:
