@@ -10,7 +10,7 @@ from toolkit.evaluation.generate import Sample, answer_tasks
 from toolkit.evaluation.inputs import FLAT, SHUFFLED, Inputs, noise_name
 from toolkit.tasks.prompts import reference_text
 
-ROOM = 2
+ROOM = 2  # times the longest own answer: what the model may say to another ECG
 KEPT = ("id", "task", "question_type", "attribute_type", "template_id", "question")
 Say = Callable[[list[Sample], int], list[list[dict]]]
 
@@ -87,7 +87,7 @@ def check_classes(asked: list[Asked], classes: dict[int, list[str]] | None) -> N
     """Raises UserError naming --classes if there is a question of a template without answers: known now, not at its batch."""
     if not classes:
         raise UserError("--answers constrained: there is no training split to take the answers from; name ECG-QA's answers_for_each_template.csv by --classes")
-    absent = sorted({template for one in asked for template in one.templates} - classes.keys())
+    absent = sorted({template for one in asked for template in one.templates} - classes.keys(), key=str)
     if absent:
         raise UserError(f"--classes: no answers for template {', '.join(map(str, absent))}; name the answers_for_each_template.csv of this dataset")
 

@@ -40,7 +40,8 @@ CONVENTIONS = {
     "difference": "model minus control on the same rows, both in the same draws of patients; to the shuffled control it is what the model reads from the ECG",
     "controls": (
         "majority: most frequent answer of the training split for the template, or report; blind: for the template and the attributes asked for; shuffled: the "
-        "model with the ECG of another patient; flat: with an ECG of zeros; noise: with noise at this signal-to-noise ratio added"
+        "model with the ECG of another patient; flat: with an ECG of zeros; noise: with noise at this signal-to-noise "
+        "ratio added; what the model says to these is cut at twice its longest own answer of the batch"
     ),
     "macro": "mean over question types, or over templates, of the exact match of each; an interval's draws need a row of every one",
     "multi_answer": "questions whose reference has two or more answers",
