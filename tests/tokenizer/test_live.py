@@ -102,7 +102,9 @@ def test_a_terminal_is_left_as_it_was(files):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "toolkit.tokenizer.streaming", "--tokenizer", files / "tokenizer", "--record", files / "long"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "80", "LINES": "24", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment)
+    # a shell that runs the tests in the background has them, and what they start, ignore Ctrl-C
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment, preexec_fn=heeds)
     os.close(theirs)
     seen = b""
     while b"00:01" not in seen:  # until a second was shown
