@@ -49,11 +49,11 @@ FREE = ("shard_cache", "shard_cache_gb", "local_rank", "output_dir", "model", "s
 @dataclass(kw_only=True)
 class EvaluateArguments(ShardArguments, LaunchArguments):
     output_dir: str = arg("Folder of the results: predictions.jsonl, metrics.json, report.html. The same command on an existing folder goes on.")
-    seed: int = arg("Seed of whose ECG stands in for whose, of noise and of the intervals.", 42)
+    seed: int = arg("Seed of whose ECG stands in for whose, and of noise.", 42)
     model: str = arg("Folder written by launchers/instruct.py (an adapter), launchers/pretrain.py or `python -m toolkit.lm.merge` (a model).")
     shards: str = arg("Task shards written by `python -m sharding.shard_tasks`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     split: Literal["train", "valid", "test"] = arg("Split to judge. The majority answers are always those of train.", "test")
-    train_shards: list[str] = arg("Shards that the model was trained on, to refuse patients that are in both. Default: those that the model remembers.", [])
+    train_shards: list[str] = arg("Shards that the model was trained on, beside those that it remembers: patients that are in both are refused.", [])
     on_leak: Literal["error", "warn"] = arg(
         "Where a patient of the split is in the training shards. error: stop. warn: go on, and say so beside the figures.", "error"
     )
