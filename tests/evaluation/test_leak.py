@@ -70,4 +70,8 @@ def test_stamps_and_names(tmp_path):
     assert remembered(tmp_path) == {}
     (tmp_path / "heartspeed.json").write_text(json.dumps({"trained_on": []}))
     assert remembered(tmp_path) == {"trained_on": []}
+    for damaged in ("{", "[]"):
+        (tmp_path / "heartspeed.json").write_text(damaged)
+        with pytest.raises(UserError, match="--model: .*heartspeed.json is damaged; make the model again"):
+            remembered(tmp_path)
     assert short("/home/anna/hospital/runs/tasks") == "runs/tasks" and short("runs/tasks") == "runs/tasks" and short("s3://bucket/tasks") == "s3://bucket/tasks"

@@ -133,6 +133,9 @@ def test_what_it_refuses(line, tmp_path, called):
         called("--max_new_tokens", 9, out=tmp_path / "copy")
     with pytest.raises(UserError, match="holds a training run or a model; name a new folder"):
         called(out=line / "instruct")
+    (tmp_path / "copy" / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match="evaluation.json is damaged; name a new folder"):
+        called(out=tmp_path / "copy")
     (tmp_path / "copy" / "evaluation.json").unlink()
     with pytest.raises(UserError, match="holds an evaluation of an older version"):
         called(out=tmp_path / "copy")

@@ -106,7 +106,10 @@ def check_same(folder: Path, made: dict) -> None:
         return
     if not path.is_file():
         raise UserError(f"--output_dir {folder} holds an evaluation of an older version; name a new folder")
-    before = json.loads(path.read_text())
+    try:
+        before = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"--output_dir {folder}: {path.name} is damaged; name a new folder") from None
     differ = [f"{name} {before.get(name)!r}, not {made.get(name)!r}" for name in made | before if before.get(name) != made.get(name)]
     if differ:
         raise UserError(f"--output_dir {folder} holds the evaluation with {'; '.join(differ)}; name a new folder")

@@ -114,7 +114,8 @@ Node = tuple[int, int, Sequence[int]]  # a token, its position, the branches of 
 
 
 def tree(branches: list[list[int]], start: int) -> list[Node]:
-    """The tokens of branches that begin at position `start`, what several have in common at their beginning once: 44 % less of ten questions of ECG-QA."""
+    """The tokens of branches that begin at position `start`, what several have in common at their beginning once: 25 tokens a question
+    become 14 where an ECG has 13 questions (derived, of PTB-XL)."""
     nodes: dict[tuple[int, ...], Node] = {}
     for n, branch in enumerate(branches):
         for k, token in enumerate(branch):

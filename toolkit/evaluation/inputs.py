@@ -73,7 +73,8 @@ class Inputs:
             where = f"{source} {record} of {self.shards.folder}"
             raise UserError(f"{FLAG}: {where} is not in its manifest; use the manifest that the shards were made from") from None
         except (RecordError, OSError) as error:
-            raise UserError(f"{FLAG}: the recording {place[0]} cannot be read ({error}); put it back, or leave {FLAG} out") from error
+            why = error.strerror if isinstance(error, OSError) else error  # no path: one of MIMIC-IV-ECG holds patient numbers
+            raise UserError(f"{FLAG}: the recording of {source} {record} cannot be read ({why}); put it back, or leave {FLAG} out") from error
 
 
 def other_patients(patients: Sequence[tuple[str, ...]], n_ecgs: Sequence[int], seed: int) -> np.ndarray:

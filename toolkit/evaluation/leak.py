@@ -12,9 +12,15 @@ UNKNOWN = "the model, or its backbone, does not say what it was trained on"
 
 
 def remembered(model: str | Path) -> dict:
-    """The stamp of a model folder; {} where there is none."""
+    """The stamp of a model folder; {} where there is none. Raises UserError naming --model if it is damaged."""
     path = Path(model) / STAMP
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        stamp = json.loads(path.read_text()) if path.is_file() else {}
+        if not isinstance(stamp, dict):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--model: {path} is damaged; make the model again") from None
+    return stamp
 
 
 def check_leak(judged: Shards, named: list[str], known: list[dict], warn: bool, **cache) -> tuple[list[str], list[str]]:
