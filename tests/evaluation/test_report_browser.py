@@ -310,5 +310,6 @@ def test_two_thousand_cases(page, tmp_path):
         started = time.perf_counter()
         shown = page(path=tmp_path / "report.html")
         seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 2  # the best, because the machine may be busy with something else; 0.2 s on two cores
+    print(f"2,000 cases loaded in {min(seconds):.2f} to {max(seconds):.2f} s")
+    assert min(seconds) < 2  # the best, because the machine may be busy with something else
     assert shown.locator("#count").inner_text().startswith("2,000 of 2,000 cases") and len(ids(shown)) == 100
