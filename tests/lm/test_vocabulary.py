@@ -57,6 +57,19 @@ def test_extension_keeps_text_and_adds_1298_real_tokens(tied, bos, tmp_path):
     assert_plain_transformers_load(model, tokenizer, ids, vocabulary, tmp_path)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_row_follows_the_seed_also_those_of_padding(tied):
+    """They are in the softmax: with rows from torch's own seed, which is another in every process, no run could be repeated."""
+    made = []
+    for state in (1, 2):
+        model, tokenizer = small(tied, bos=True)
+        torch.manual_seed(state)
+        extend(model, tokenizer, [6, 6, 6, 6], seed=0, knows_text=True)
+        assert torch.initial_seed() == state and len(model.get_input_embeddings().weight) > len(tokenizer)
+        made.append([model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()])
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=0)
+
+
 def test_neighbouring_codes_start_close_to_each_other():
     model, tokenizer = small(True, True)
     vocabulary = extend(model, tokenizer, [6, 6, 6, 6], seed=0, knows_text=False)

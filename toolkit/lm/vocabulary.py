@@ -62,7 +62,9 @@ def extend(
     tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
     vocabulary = ecg_vocabulary(tokenizer)
     needed = max(len(tokenizer), text_rows)
-    model.resize_token_embeddings(-(-needed // PAD_TO) * PAD_TO, mean_resizing=False)
+    with torch.random.fork_rng(devices=[]):  # the rows of padding are in the softmax: without a seed no two runs had the same losses (1e-3 apart)
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(-(-needed // PAD_TO) * PAD_TO, mean_resizing=False)
     generator = torch.Generator().manual_seed(seed)
     weights = [model.get_input_embeddings().weight]
     head = model.get_output_embeddings().weight
