@@ -101,11 +101,11 @@ def test_arguments_and_results_are_in_the_run_itself(tmp_path):
 def test_the_printed_line_says_its_units_in_the_order_given():
     values = {
         "loss": 4.1234, "grad_norm": 0.4123, "learning_rate": 1e-3, "memory_gb": 1.23, "ecgs_per_second": 35.12, "tokens_per_second": 11050.4,
-        "tflops": 1.912, "mfu": 0.1234, "data_wait": 0.001, "seconds_left": 8103.2, "step_seconds": 1.6,
+        "tflops": 1.912, "mfu": 0.1234, "data_wait": 0.001, "skew": 1.034, "seconds_left": 8103.2, "step_seconds": 1.6,
     }  # fmt: skip
     assert printed(120, 5000, values) == (
         "step 120/5000 | loss 4.123 | grad_norm 0.412 | lr 1.0e-03 | mem 1.2 GB | 35.1 ECG/s | 11,050 tokens/s | 1.91 TFLOPS | MFU 12.3 % | "
-        "data wait 0.1 % | 2:15:03 left"
+        "data wait 0.1 % | skew 1.03 | 2:15:03 left"
     )
     assert printed(3, 9, {"eval_loss": 2.0, "grad_norm": None}) == "step 3/9 | eval_loss 2"
 

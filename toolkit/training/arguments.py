@@ -5,13 +5,12 @@ import difflib
 import math
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from toolkit import recipe as recipes
 from toolkit.errors import UserError
 from toolkit.lm.checkpointing import layers_apart
 from toolkit.training.profile import steps_of
@@ -28,12 +27,14 @@ AT_LEAST_ONE = {
     "max_eval_samples", "max_skipped", "seq_len", "lora_r", "lora_alpha", "max_new_tokens",
 }  # fmt: skip
 NOT_NEGATIVE = {"seed", "eval_steps", "keep_every", "early_stopping_patience", "warmup_steps", "weight_decay", "max_grad_norm", "learning_rate", "lora_dropout",
-                "tasks_per_ecg", "max_eval_answers"}  # fmt: skip
+                "tasks_per_ecg", "max_eval_answers", "hang_timeout"}  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class LaunchArguments:
     """What every launcher takes."""
+
+    stage: ClassVar[str | None] = None  # the section of a recipe that is the launcher's
 
     output_dir: str = arg("Folder of the run: results, log.jsonl, tensorboard/, checkpoints. The same command on an existing folder resumes.")
     seed: int = arg("Seed of initialisation, order of the data and dropout.", 42)
@@ -70,6 +71,10 @@ class TrainingArguments(LaunchArguments):
     keep_every: int = arg("Checkpoints whose step is a multiple of this are kept as well. 0: none.", 0)
     max_skipped: int = arg("Stop after this many steps in a row whose loss or gradients are not finite; such a step changes no weight.", 5)
     profile: str | None = arg("Trace steps with torch.profiler, counted from 0: 10:15 are the steps 10 to 14. To profile/ in --output_dir.", None)
+    hang_timeout: float = arg(
+        "Seconds without progress of any rank after which the run ends with exit code 86, every rank's stacks in hang/ and the rank that holds the others up"
+        " named. More than the longest write of a model or checkpoint takes; counted from the first step on. 0: never, for a debugger.", 1800
+    )  # fmt: skip
     precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
 
     def __post_init__(self):
@@ -106,39 +111,34 @@ def parse(cls, description: str, argv: list[str] | None = None):
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(cls, description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--recipe", metavar="FILE", help="YAML file of arguments, `name: value` each (recipes/). The command line overrides it.")
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="YAML file of arguments, `name: value` each, or of sections of them (recipes/). The command line overrides it."
+    )
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")  # without a value it is the other parser that complains
     recipe = first.parse_known_args(argv)[0].recipe
     if recipe is not None:
-        _use_recipe(parser, recipe)
+        _use_recipe(parser, recipe, cls.stage)
     args, _, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
-def _use_recipe(parser: HfArgumentParser, path: str) -> None:
-    """Make the values of a recipe the parser's defaults; an argument that it gives is no longer required."""
-    try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--recipe: {path} cannot be read ({error.strerror}); the shipped ones are in recipes/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--recipe: {path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"--recipe: {path} must hold lines of `argument: value`")
+def _use_recipe(parser: HfArgumentParser, path: str, stage: str | None) -> None:
+    """Make the values of a recipe, or of its section `stage`, the parser's defaults; an argument that it gives is no longer required."""
+    recipe, where = recipes.read(path, stage), recipes.where(path, stage)
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest not in ("help", "recipe")}  # --no_x comes after --x
     values = {}
     for name, value in recipe.items():
         if name not in actions:
             close = difflib.get_close_matches(str(name), actions, 1)
-            raise UserError(f"--recipe: {path}: there is no argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists them"))
+            raise UserError(f"{where}: there is no argument {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; --help lists them"))
         action = actions[name]
         if isinstance(value, list) != (action.nargs == "+"):
-            raise UserError(f"--recipe: {path}: {name}: must be {'a list' if action.nargs == '+' else 'one value'}, not {value!r}")
+            raise UserError(f"{where}: {name}: must be {'a list' if action.nargs == '+' else 'one value'}, not {value!r}")
         # YAML reads an unquoted yes or no as a boolean, and 1e-4 as text: so every value goes through the argument's own reading of text
-        read = [_read(action, part, f"--recipe: {path}: {name}") for part in (value if action.nargs == "+" else [value])]
+        read = [_read(action, part, f"{where}: {name}") for part in (value if action.nargs == "+" else [value])]
         values[name] = read if action.nargs == "+" else read[0]
         action.required = False
     parser.set_defaults(**values)

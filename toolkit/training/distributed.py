@@ -18,10 +18,11 @@ from deepspeed import ops
 from deepspeed.accelerator import get_accelerator
 
 from toolkit.errors import UserError
+from toolkit.training import slurm
 from toolkit.training.stop import REQUEUE, Requeue
 
 # what tells a process its place; a process started by a rank that is none itself must not inherit them
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,18 @@ class Ranks:
         return self.rank == 0
 
 
+def take_place() -> None:
+    """Where no launcher has said which rank this is, srun may have."""
+    if "RANK" in os.environ or not (place := slurm.place(os.environ)):
+        return
+    os.environ.update(place)
+    if get_accelerator().device_name() != "cpu" and get_accelerator().device_count() == 1:
+        os.environ["LOCAL_RANK"] = "0"  # with srun --gpus-per-task=1 each rank sees its own GPU alone
+
+
 def start() -> Ranks:
-    """Join the process group that the launcher describes (alone without a launcher), nccl on GPUs and gloo on CPUs."""
+    """Join the process group that the launcher or srun describes (alone without either), nccl on GPUs and gloo on CPUs."""
+    take_place()
     # a run without a launcher is alone; port 0 is any that is free, found and taken in one (found first, it was once gone when it was taken)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
@@ -89,6 +100,7 @@ def launcher(main):
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
         transformers.utils.logging.disable_progress_bar()
         huggingface_hub.logging.set_verbosity_error()  # a hub that cannot be reached is said once, by the error
+        take_place()
         code = 0
         try:
             main()

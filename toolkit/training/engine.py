@@ -13,6 +13,7 @@ from toolkit.shards.order import Data, MicroBatch
 from toolkit.training import checkpoint
 from toolkit.training.arguments import TrainingArguments
 from toolkit.training.distributed import Ranks, sum_over_ranks
+from toolkit.training.heartbeat import mark
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Taken:
     grad_norm: float
     applied: bool
     keys: list[str]  # of the samples whose loss is not finite; of all samples of the step if it was skipped and none is to blame
+    forward: float | None  # seconds that a GPU took for the forward passes; None on a CPU
 
 
 def build_engine(model: torch.nn.Module, args: TrainingArguments, config: dict):
@@ -50,20 +52,34 @@ def take_step(
     seed: (of the run, step), what dropout is drawn from. A step whose gradients are not finite changes no weight at any ZeRO stage.
     """
     summed = torch.zeros(len(micro), device=ranks.device)
-    own_norm = None
+    own_norm, events = None, []
     for k, batch in enumerate(micro):
         _seed_dropout(*seed, k * ranks.world + ranks.rank)
+        mark("forward/backward")
+        events.append(_event(ranks.device))
         value = loss(engine, batch.inputs)
+        events.append(_event(ranks.device))
         engine.backward(value * (ranks.world * len(micro) / targets))  # DeepSpeed divides by ranks and micro-batches
         if k == len(micro) - 1 and engine.optimizer is engine.basic_optimizer:
             own_norm = _clip(engine.module, engine.gradient_clipping())  # ZeRO stage 0 in fp32: DeepSpeed would step on what is not finite
+        mark("step")
         engine.step()
         summed[k] = value.detach()
     mean = sum_over_ranks([summed.sum().item()], ranks.device)[0] / targets
     norm = own_norm if own_norm is not None else float(engine.get_global_grad_norm())
     applied = engine.was_step_applied() and (own_norm is None or math.isfinite(own_norm))
     keys = [] if applied and math.isfinite(mean) else _suspects(data, samples, summed.isfinite().tolist(), ranks)
-    return Taken(mean, norm, applied, keys)
+    forward = sum(begun.elapsed_time(ended) for begun, ended in zip(events[::2], events[1::2])) / 1e3 if events[0] else None
+    return Taken(mean, norm, applied, keys, forward)
+
+
+def _event(device: torch.device):
+    """A mark in the work of a GPU, with its time; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _clip(module: torch.nn.Module, max_norm: float) -> float:

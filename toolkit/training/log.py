@@ -15,6 +15,7 @@ from tqdm import tqdm
 from toolkit.errors import UserError
 from toolkit.files import write_text
 from toolkit.shown import Shown
+from toolkit.training import stragglers
 from toolkit.training.events import EventFile
 
 PRINTED = {  # of numbers with another name: name and value
@@ -27,9 +28,13 @@ PRINTED = {  # of numbers with another name: name and value
     "tflops": lambda v: f"{v:.3g} TFLOPS",
     "mfu": lambda v: f"MFU {100 * v:.1f} %",
     "data_wait": lambda v: f"data wait {100 * v:.1f} %",
+    "skew": lambda v: f"skew {v:.2f}",
     "seconds_left": lambda v: f"{timedelta(seconds=round(v))} left",
     "step_seconds": None,  # in the log alone
 }
+
+# of the tab Custom Scalars: a chart of all ranks' curves together, for each of their numbers
+LAYOUT = {"ranks": {name: ["Multiline", [f"ranks/{name}/.*"]] for name in stragglers.NAMES}}
 
 
 class RunLog:
@@ -47,6 +52,7 @@ class RunLog:
                 self._known.update(*[json.loads(line) for line in lines if _step(line) == first_step])
                 write_text(self.path, "".join(line + "\n" for line in lines))
             self.events = EventFile(folder / "tensorboard", first_step)
+            self.events.add(summary.custom_scalars(LAYOUT), first_step)
         self.bar = tqdm(total=last_step, initial=first_step, desc=description, unit="step", dynamic_ncols=True, disable=None)  # no bar in a log file
 
     def line(self, step: int, values: dict[str, float | None]) -> None:
@@ -62,6 +68,10 @@ class RunLog:
                 f.write(json.dumps({"step": step, **numbers}) + "\n")
         self._add(step, [summary.scalar(name, value) for name, value in numbers.items() if value is not None])
         tqdm.write(printed(step, self.last_step, values))
+
+    def ranks(self, step: int, values: dict[str, float]) -> None:
+        """Numbers of single ranks, to TensorBoard alone."""
+        self._add(step, [summary.scalar(name, value) for name, value in values.items()])
 
     def show(self, step: int, shown: Shown) -> None:
         """Texts, images and histograms, to TensorBoard."""

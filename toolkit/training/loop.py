@@ -23,11 +23,13 @@ from toolkit.files import write_text
 from toolkit.lm.flops import peak_flops
 from toolkit.shards.order import Data
 from toolkit.shown import Shown
-from toolkit.training import checkpoint, early_stopping, stop
+from toolkit.training import checkpoint, early_stopping, heartbeat, stop, stragglers, watchdog
 from toolkit.training.arguments import TrainingArguments, as_record
 from toolkit.training.batches import prefetch, steps
+from toolkit.training.collectives import LAST as LAST_COLLECTIVE
 from toolkit.training.distributed import Ranks, sum_over_ranks, wants_bf16
 from toolkit.training.engine import Taken, build_engine, learning_rate, set_learning_rate, take_step
+from toolkit.training.heartbeat import NOW, mark
 from toolkit.training.log import RunLog
 from toolkit.training.profile import Profiler
 from toolkit.training.resume import RESULTS, Run, find_run
@@ -67,21 +69,29 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, trainer: str) -> dict
             shutil.rmtree(run.folder / MADE, ignore_errors=True)
             print(f"{run.folder} is complete already: {run.results['steps']} steps")
         return run.results
+    with watchdog.watching(run.folder, ranks, args.hang_timeout):
+        return _train(args, job, run, ranks, trainer, bf16)
+
+
+def _train(args: TrainingArguments, job: Job, run: Run, ranks: Ranks, trainer: str, bf16: bool) -> dict:
     asked = stop.listen(run.folder, ranks.main)
     engine, state = _engine(args, job, run, ranks), run.state
-    first = state["step"]
+    first = NOW.step = state["step"]
+    watchdog.outlast(args.hang_timeout)
+    heartbeat.mark_forwards(job.model)
     log = RunLog(run.folder, first, run.last, trainer) if ranks.main else None
     profiler = Profiler(args.profile if ranks.main else None, run.folder)
     batches = prefetch(steps(job.data, args.seed, run.split, ranks.rank, ranks.world, state["samples"], run.last - first))
     peak, source = peak_flops(ranks.device, bf16) if job.flops else (math.inf, "")
     if log and source:
         tqdm.write(f"MFU is the share of {peak / 1e12:.3g} TFLOPS per rank ({source})")
-    interval, in_a_row, saved = Interval(ranks.device, ranks.world, peak), 0, first
+    interval, in_a_row, saved, slow = Interval(ranks.device, ranks.world, peak), 0, first, stragglers.NONE
     unchecked = first == 0 and job.check is not None
 
     for step in range(first, first if state.get("stopped") else run.last):
         profiler.step(step)
-        started = time.perf_counter()
+        mark("data")
+        started, in_collectives = time.perf_counter(), LAST_COLLECTIVE.seconds
         samples, micro = next(batches)
         waited = time.perf_counter() - started
         flops = sum(map(job.flops, (m.inputs for m in micro))) if job.flops else 0.0
@@ -94,12 +104,13 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, trainer: str) -> dict
         set_learning_rate(engine, rate)
         taken = take_step(engine, job.loss, micro, max(targets, 1), ranks, job.data, samples, (args.seed, step))
         seconds = time.perf_counter() - started
-        interval.add(taken.loss, targets, tokens, ecgs, flops, seconds, waited)
+        interval.add(taken.loss, targets, tokens, ecgs, flops, seconds, waited, LAST_COLLECTIVE.seconds - in_collectives, taken.forward)
         if unchecked and taken.applied and targets:
             job.check(engine.module)
             unchecked = False
         in_a_row = in_a_row + 1 if taken.keys else 0
-        done = step + 1
+        done = NOW.step = step + 1
+        NOW.armed = True
         state = {**state, "step": done, "samples": state["samples"] + run.config["train_batch_size"] * job.data.samples_per_row,
                  "seconds": state["seconds"] + seconds, "skipped": state["skipped"] + bool(taken.keys), "ranks": ranks.world}  # fmt: skip
         if log:
@@ -109,8 +120,11 @@ def train(args: TrainingArguments, job: Job, ranks: Ranks, trainer: str) -> dict
         if args.eval_steps and done % args.eval_steps == 0 and done != run.last:
             state |= _validate(args, job, engine, run.folder, state, log, ranks)
         if done % args.logging_steps == 0 or done == run.last or state.get("stopped"):
+            table = stragglers.gather(interval.own(), ranks)
             if log:
-                log.line(done, interval.values(run.last - done, taken.grad_norm, rate))
+                log.line(done, interval.values(run.last - done, taken.grad_norm, rate, stragglers.skew(table)))
+                log.ranks(done, stragglers.scalars(table))
+                slow = stragglers.warn(slow, table, run.folder)
             interval = Interval(ranks.device, ranks.world, peak)
         if done % args.save_steps == 0 or done == run.last or state.get("stopped"):
             saved = _save(engine, args, run.folder, state, log, saved)
@@ -165,6 +179,7 @@ def _validate(args: TrainingArguments, job: Job, engine, folder: Path, state: di
 def _export_best(job: Job, engine, path: Path, ranks: Ranks) -> str | None:
     """Collective. Write the model to `path`; what went wrong on the disk, on every rank: a full one does not end the run."""
     problem = [None]
+    mark("export")
     try:
         job.export(engine.module, path)
     except (OSError, SafetensorError) as error:
@@ -177,6 +192,7 @@ def _export_best(job: Job, engine, path: Path, ranks: Ranks) -> str | None:
 def _save(engine, args: TrainingArguments, folder: Path, state: dict, log: RunLog | None, saved: int) -> int:
     """Collective. Write a checkpoint; the step of the newest one. A full disk does not end the run: it says so, and goes on from memory."""
     started = time.perf_counter()
+    mark("checkpoint")
     problem = checkpoint.save(engine, folder, state, args.save_total_limit, args.keep_every)
     if log and not problem:
         early_stopping.sweep(folder)
@@ -208,6 +224,7 @@ def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folde
     if best:
         results["best_step"] = final["step"]
     taken = best and final is best
+    mark("export")
     if not taken:
         job.export(engine.module, folder)
     if best and job.keep_last:
@@ -226,8 +243,10 @@ def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folde
 
 def _evaluate(job: Job, engine, log: RunLog | None, step: int) -> dict:
     """Collective. Metrics, and what the trainer has to show, to the log."""
+    mark("validation")
     engine.eval()
     metrics = job.evaluate(engine)
+    mark()
     shown = job.show(engine) if job.show else None
     engine.train()
     if log:

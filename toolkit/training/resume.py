@@ -9,7 +9,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from toolkit.errors import UserError
-from toolkit.files import run_folder, write_text
+from toolkit.files import run_folder, sweep, write_text
 from toolkit.training import checkpoint, ds_config
 from toolkit.training.arguments import TrainingArguments, as_record
 from toolkit.training.distributed import Ranks
@@ -18,7 +18,7 @@ RESULTS = "train_results.json"  # written last: a run folder that holds it is co
 # what may be another in a resumed run; the number of steps, which follows from some of them, may not
 FREE = {
     "output_dir", "deepspeed", "logging_steps", "eval_steps", "max_eval_samples", "save_steps", "save_total_limit", "keep_every", "max_skipped", "profile",
-    "max_steps", "num_train_epochs", "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
+    "hang_timeout", "max_steps", "num_train_epochs", "shard_cache", "shard_cache_gb", "on_bad_shard", "bad_shard_budget",
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "kernels", "compile",
     "max_eval_answers",
     "shards", "manifest", "text",  # their digests are in the identity
@@ -75,6 +75,8 @@ def find_run(
     state = saved or {"step": 0, "samples": 0, "seconds": 0.0, "skipped": 0}
     state |= {"identity": identity, "batch": batch}
     if ranks.main and not results:
+        for place in (folder, folder / "tensorboard"):
+            sweep(place, "")  # what a kill within a write left
         write_text(folder / "arguments.json", json.dumps(as_record(args), indent=2))
         write_text(folder / "ds_config.json", json.dumps(config, indent=2))
         if split != asked:

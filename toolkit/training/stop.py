@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 REQUEUE = 85  # "saved, not finished: start me again"
+HANG = 86  # "a hang, which the watchdog ended: start me again, from the newest checkpoint"
 FILE = "STOP"
 
 
