@@ -1,6 +1,7 @@
 """Before anything is submitted: steps, tokens, memory for each ZeRO preset, time and GPU-hours of a pretraining run.
 
 python -m toolkit.plan --recipe recipes/llama3.2-3b-pretrain.yaml --world 16
+python -m toolkit.plan --recipe recipes/llama3.2-3b-pretrain.yaml --scaling             # communication and efficiency on 1 to 512 GPUs (docs/scaling.md)
 python -m toolkit.plan --backbone tiny --deepspeed ds_configs/zero2.json --shards runs/demo/shards --world 2
 
 Takes all arguments of launchers/pretrain.py, which overrides the recipe's. Nothing is loaded: the backbone is its shape. No GPU is needed.
@@ -14,6 +15,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 if __name__ == "__main__":
@@ -23,19 +25,21 @@ import numpy as np
 import torch
 
 from launchers.pretrain import PretrainArguments  # the plan takes what the launcher takes
+from toolkit import scaling
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.lm.flops import GPUS, row_flops
 from toolkit.lm.shapes import shape_of
 from toolkit.lm.trainable import choose_trainable
 from toolkit.shards.packing import Packed, pack
 from toolkit.shards.reader import locate
+from toolkit.shards.remote import is_url
 from toolkit.tasks.data import ecgs_per_row
 from toolkit.tasks.prompts import ecg_ids, forecast_group
 from toolkit.tasks.windows import window_groups, window_starts
 from toolkit.tokenizer.tokenizer import ECGTokenizer
 from toolkit.training import ds_config
 from toolkit.training.arguments import arg, parse
-from toolkit.training.memory_plan import activation_bytes, layer_bytes, loss_bytes, state_bytes
+from toolkit.training.memory_plan import activation_bytes, layer_bytes, loss_bytes, peak_bytes, state_bytes
 
 MIMIC = 800_035  # records of MIMIC-IV-ECG 1.0
 CODES = 6**4  # without --shards: the tokenizer's default
@@ -52,12 +56,18 @@ class PlanArguments(PretrainArguments):
     world: int = arg("GPUs (ranks).", 1)
     gpu: Literal[tuple(GPUS)] = arg("Which, for its memory and its peak FLOPS.", "h100")
     mfu: float = arg("Share of the peak that the run is assumed to reach.", 0.4)
+    scaling: bool = arg("Print what 1, 2, 4, ..., 512 GPUs cost instead: memory, bytes sent, efficiency of each preset. --world has no effect.", False)
+    gpus_per_node: int = arg("With --scaling: GPUs of a node.", 8)
+    intra_gbs: float = arg("With --scaling: GB/s from a GPU to those of its node, in one direction. Default: NVLink of an H100, by its data sheet.", 450.0)
+    inter_gbs: float = arg("With --scaling: GB/s from a node to others, all its network cards together. Default: eight of 400 Gb/s.", 400.0)
     json: bool = arg("Print JSON.", False)
 
     def __post_init__(self):
         super().__post_init__()
         if self.world < 1 or (self.ecgs is not None and self.ecgs < 1):
             raise UserError("--world and --ecgs must be at least 1")
+        if self.gpus_per_node < 1 or not (self.intra_gbs > 0 and self.inter_gbs > 0):
+            raise UserError("--gpus_per_node must be at least 1, --intra_gbs and --inter_gbs above 0")
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu must be a share above 0 and at most 1, not {self.mfu}")
         if self.precision == "bf16" and not GPUS[self.gpu].bf16:
@@ -66,26 +76,82 @@ class PlanArguments(PretrainArguments):
 
 def make_plan(args: PlanArguments) -> dict:
     """All figures, bytes and seconds. Raises UserError naming the argument."""
+    m, ecgs = measures(args), ecgs_of(args)[0]
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world
+    steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * ecgs / (rows * m.per_row))
+    step_flops = m.row_flops * rows
+    step_seconds = step_flops / (m.peak * args.world * args.mfu)
+    return {
+        "backbone": args.backbone, "objective": args.objective, "train": args.train, "precision": "bf16" if m.bf16 else "fp32",
+        "world": args.world, "gpu": args.gpu, "gpu_memory": GPUS[args.gpu].memory * 10**9, "peak_flops": m.peak, "mfu": args.mfu,
+        "reports_not_counted": args.report_targets == "yes"
+        or (args.report_targets == "auto" and args.backbone == "tiny" and args.head == "full"),
+        "gradient_checkpointing": args.gradient_checkpointing, "ecgs": ecgs, "epochs": args.num_train_epochs, "seq_len": args.seq_len,
+        "parameters": m.total, "trained": m.trained, "vocabulary": m.vocabulary,
+        "tokens_per_ecg": len(m.ecg.input_ids), "targets_per_ecg": len(m.ecg.targets), "ecgs_per_row": m.per_row,
+        "rows_per_step": rows, "ecgs_per_step": rows * m.per_row, "tokens_per_step": rows * m.per_row * len(m.ecg.input_ids),
+        "steps": steps, "ecgs_in_all": steps * rows * m.per_row, "tokens_in_all": steps * rows * m.per_row * len(m.ecg.input_ids),
+        "step_flops": step_flops, "step_seconds": step_seconds, "seconds": steps * step_seconds, "gpu_hours": steps * step_seconds * args.world / 3600,
+        "checkpoint": (14 if m.bf16 else 16) * m.trained, "export": m.size * m.total,
+        "activations": m.activations, "loss": m.loss, "presets": {name: preset(args, path, m, args.world) for name, path in presets(args)},
+    }  # fmt: skip
+
+
+def make_scaling(args: PlanArguments) -> dict:
+    """What each preset costs on 1 to 512 GPUs, each with the batch of the arguments: bytes, seconds. Raises UserError naming the argument."""
+    m, links = measures(args), scaling.Links(args.gpus_per_node, args.intra_gbs, args.inter_gbs)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    compute = m.row_flops * rows / (m.peak * args.mfu)
+
+    def at(name: str, path: Path, world: int) -> dict:
+        zero, state = resolved(args, path, m, world), preset(args, path, m, world)
+        buffers = scaling.volumes(zero, m.uses, m.trained, args.gradient_accumulation_steps, m.size)
+        sent = scaling.cost(buffers, world, links)
+        in_turn, hidden = scaling.efficiency(compute, sent.seconds)
+        memory = {part: state[part] for part in ("weights", "gradients", "optimizer", "buffers", "host")}
+        memory["gradients"] += state["transient"]
+        memory |= {"activations": m.activations[args.gradient_checkpointing] + m.loss, "peak": state["peak"][args.gradient_checkpointing]}
+        return {"world": world, "rows": rows * world, "ecgs": rows * world * m.per_row, "memory": memory, "collectives": buffers,
+                **dataclasses.asdict(sent), "efficiency_in_turn": in_turn, "efficiency_hidden": hidden}  # fmt: skip
+
+    found = {}
+    for name, path in presets(args):
+        first = preset(args, path, m, 1)
+        if "refused" in first:
+            found[name] = first
+            continue
+        worlds = [at(name, path, world) for world in scaling.WORLDS]
+        offload = bool(resolved(args, path, m, 1).get("offload_optimizer"))
+        found[name] = {"chosen": first["chosen"], "offload": offload, "collectives": worlds[0].pop("collectives"), "worlds": worlds}
+    return {
+        "backbone": args.backbone, "train": args.train, "precision": "bf16" if m.bf16 else "fp32", "gpu": args.gpu, "gpu_memory": GPUS[args.gpu].memory * 10**9,
+        "peak_flops": m.peak, "mfu": args.mfu, "gradient_checkpointing": args.gradient_checkpointing, "links": dataclasses.asdict(links), "rows": rows,
+        "ecgs_per_row": m.per_row, "tokens_per_row": m.per_row * len(m.ecg.input_ids), "compute_seconds": compute, "presets": found,
+    }  # fmt: skip
+
+
+def ecgs_of(args: PlanArguments) -> tuple[int, int]:
+    """Numbers of ECGs to train on and of codes."""
     index = locate(args.shards, "--shards", cache=args.shard_cache, cache_gb=args.shard_cache_gb)[2] if args.shards else {}
     splits = index.get("splits", {"train": {"samples": MIMIC}})
     if "train" not in splits:
         raise UserError(f"--shards: {args.shards} has no split train")
-    ecgs, codes = args.ecgs or splits["train"]["samples"], index.get("codes", CODES)
+    return args.ecgs or splits["train"]["samples"], index.get("codes", CODES)
+
+
+def measures(args: PlanArguments) -> SimpleNamespace:
+    """What does not depend on the number of GPUs: counts of parameters and tokens, FLOPs of a row, bytes of activations and of the loss."""
     gpu, bf16 = GPUS[args.gpu], args.precision != "fp32" and GPUS[args.gpu].bf16 is not None
-    base, tokenizer, vocabulary = shape_of(args.backbone, codes, args.gain_tokens)
+    base, tokenizer, vocabulary = shape_of(args.backbone, ecgs_of(args)[1], args.gain_tokens)
     config, hidden_size = base.config.get_text_config(), base.config.get_text_config().hidden_size
     with torch.device("meta"):
         lm = choose_trainable(base, vocabulary, args.train)
     head_rows = len(vocabulary.code_rows) if args.head == "ecg" else None
-    total, trained = (sum(p.numel() for p in lm.parameters() if p.requires_grad or everything) for everything in (True, False))
-
+    trained = [p.numel() for p in lm.parameters() if p.requires_grad]
     one = ecg_row(args.objective, tokenizer, vocabulary)
     per_row = ecgs_per_row(len(one.input_ids), args.seq_len)
-    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world
-    steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * ecgs / (rows * per_row))
-    step_flops = row_flops(lm, head_rows)(one) * rows * per_row
-    peak = 1e12 * (gpu.bf16 if bf16 else gpu.fp32)
-    step_seconds = step_flops / (peak * args.world * args.mfu)
+    flops = row_flops(lm, head_rows)(one) * per_row
+    total, uses = sum(p.numel() for p in lm.parameters()), scaling.order_of_use(lm, base)
 
     lm.to(torch.bfloat16 if bf16 else torch.float32)
     size, tokens = 2 if bf16 else 4, args.per_device_train_batch_size * per_row * len(one.input_ids)
@@ -93,21 +159,11 @@ def make_plan(args: PlanArguments) -> dict:
     modes = list(dict.fromkeys(["none", "every_2", "full", args.gradient_checkpointing]))
     activations = {how: activation_bytes(layer, config.num_hidden_layers, tokens * hidden_size * size, how) for how in modes}
     head = base.get_output_embeddings().weight
-    loss = loss_bytes(head_rows or len(head), hidden_size, head.requires_grad, bf16)
-    return {
-        "backbone": args.backbone, "objective": args.objective, "train": args.train, "precision": "bf16" if bf16 else "fp32",
-        "world": args.world, "gpu": args.gpu, "gpu_memory": gpu.memory * 10**9, "peak_flops": peak, "mfu": args.mfu,
-        "reports_not_counted": args.report_targets == "yes"
-        or (args.report_targets == "auto" and args.backbone == "tiny" and head_rows is None),
-        "gradient_checkpointing": args.gradient_checkpointing, "ecgs": ecgs, "epochs": args.num_train_epochs, "seq_len": args.seq_len,
-        "parameters": total, "trained": trained, "vocabulary": len(head),
-        "tokens_per_ecg": len(one.input_ids), "targets_per_ecg": len(one.targets), "ecgs_per_row": per_row,
-        "rows_per_step": rows, "ecgs_per_step": rows * per_row, "tokens_per_step": rows * per_row * len(one.input_ids),
-        "steps": steps, "ecgs_in_all": steps * rows * per_row, "tokens_in_all": steps * rows * per_row * len(one.input_ids),
-        "step_flops": step_flops, "step_seconds": step_seconds, "seconds": steps * step_seconds, "gpu_hours": steps * step_seconds * args.world / 3600,
-        "checkpoint": (14 if bf16 else 16) * trained, "export": size * total,
-        "activations": activations, "loss": loss, "presets": {name: preset(args, path, total, trained, bf16, hidden_size) for name, path in presets(args)},
-    }  # fmt: skip
+    return SimpleNamespace(
+        bf16=bf16, size=size, peak=1e12 * (gpu.bf16 if bf16 else gpu.fp32), hidden_size=hidden_size, total=total, trained=sum(trained),
+        largest=max(trained), uses=uses, vocabulary=len(head), ecg=one, per_row=per_row, row_flops=flops, activations=activations,
+        loss=loss_bytes(head_rows or len(head), hidden_size, head.requires_grad, bf16),
+    )  # fmt: skip
 
 
 def ecg_row(objective: str, tokenizer, vocabulary) -> Packed:
@@ -128,16 +184,22 @@ def presets(args: PlanArguments) -> list[tuple[str, Path]]:
     return list({**shipped, **own}.items())
 
 
-def preset(args: PlanArguments, path: Path, total: int, trained: int, bf16: bool, hidden_size: int) -> dict:
-    """Bytes per rank, or why a run would refuse this configuration."""
+def resolved(args: PlanArguments, path: Path, m: SimpleNamespace, world: int) -> dict:
+    """The section `zero_optimization` as the run would have it."""
+    return ds_config.resolve(str(path), args, world, m.bf16, m.hidden_size)["zero_optimization"]
+
+
+def preset(args: PlanArguments, path: Path, m: SimpleNamespace, world: int) -> dict:
+    """Bytes per rank, `peak` by gradient checkpointing; or why a run would refuse this configuration."""
     chosen = path.resolve() == Path(args.deepspeed).resolve()
     try:
-        zero = ds_config.resolve(str(path), args, args.world, bf16, hidden_size)["zero_optimization"]
+        zero = resolved(args, path, m, world)
     except UserError as error:
         if chosen:
             raise
         return {"chosen": False, "refused": str(error).rsplit(": ", 1)[-1]}
-    return {"chosen": chosen, **dataclasses.asdict(state_bytes(zero, total, trained, args.world, bf16))}
+    state = state_bytes(zero, m.total, m.trained, world, m.bf16, m.largest, args.gradient_accumulation_steps > 1)
+    return {"chosen": chosen, **dataclasses.asdict(state), "peak": {how: peak_bytes(state, a, m.loss) for how, a in m.activations.items()}}
 
 
 def text(plan: dict) -> str:
@@ -153,7 +215,7 @@ def text(plan: dict) -> str:
         f" if {100 * plan['mfu']:g} % of {plan['peak_flops'] / 1e12:,.0f} TFLOPS are reached (--mfu); validation and checkpoints not counted",
         f"on disk        {gb(plan['checkpoint'])} GB a checkpoint, {gb(plan['export'])} GB the model",
         "",
-        f"GB a rank      {'weights':>9}{'gradients':>11}{'optimizer':>11}{'buffers':>9}{'host':>9}   all, by --gradient_checkpointing",
+        f"GB a rank      {'weights':>9}{'gradients':>11}{'optimizer':>11}{'buffers':>9}{'host':>9}   at most, by --gradient_checkpointing",
         f"{'':64}" + "".join(f"{how:>11}" for how in plan["activations"]),
     ]
     for preset_name, state in plan["presets"].items():
@@ -161,14 +223,15 @@ def text(plan: dict) -> str:
         if "refused" in state:
             lines.append(f"{mark} {preset_name:13}  refused: {state['refused']}")
             continue
-        fixed = state["weights"] + state["gradients"] + state["optimizer"] + state["buffers"] + plan["loss"]
-        ends = "".join(f"{gb(fixed + a):>10}{'!' if fixed + a > plan['gpu_memory'] else ' '}" for a in plan["activations"].values())
-        numbers = zip((9, 11, 11, 9, 9), (state[part] for part in ("weights", "gradients", "optimizer", "buffers", "host")))
+        ends = "".join(f"{gb(most):>10}{'!' if most > plan['gpu_memory'] else ' '}" for most in state["peak"].values())
+        parts = (state["weights"], state["gradients"] + state["transient"], state["optimizer"], state["buffers"], state["host"])
+        numbers = zip((9, 11, 11, 9, 9), parts)
         lines.append(f"{mark} {preset_name:13}" + "".join(f"{gb(number):>{width}}" for width, number in numbers) + ends)
     parts = ", ".join(f"{gb(number)} ({how})" for how, number in plan["activations"].items())
     lines += [
         "",
-        f"All: with activations of {parts}, and {gb(plan['loss'])} for the loss. Planned by formula, with eager kernels; nothing was run.",
+        f"At most: weights, optimizer, buffers and the larger of activations ({parts}; the loss {gb(plan['loss'])}) and gradients, which come as those go.",
+        "Planned by formula, with eager kernels; nothing was run.",
         "*: --deepspeed. !: does not fit the GPU. host: memory of the node, per rank.",
     ]
     if plan["reports_not_counted"]:
@@ -184,8 +247,12 @@ def _hours(seconds: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # transformers 5.23 of peft 0.21
     args = parse(PlanArguments, __doc__, argv)
-    plan = make_plan(args)
-    print(json.dumps(plan, indent=2) if args.json else text(plan))
+    given = any(word.split("=")[0] == "--shards" for word in argv or ())
+    if args.shards and not given and not is_url(args.shards) and not Path(args.shards).exists():  # a recipe says where they will be
+        print(f"{args.shards} is not there yet: planned for {args.ecgs or MIMIC:,} ECGs (--ecgs)", file=sys.stderr)
+        args.shards = None
+    found, show = (make_scaling(args), scaling.text) if args.scaling else (make_plan(args), text)
+    print(json.dumps(found, indent=2) if args.json else show(found))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from toolkit.errors import UserError
 from toolkit.lm.kernels import linear_cross_entropy
-from toolkit.training.memory_plan import activation_bytes, layer_bytes, loss_bytes, state_bytes
+from toolkit.training.memory_plan import activation_bytes, layer_bytes, loss_bytes, peak_bytes, state_bytes
 
 SHAPE = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
 HOLDING = """
@@ -81,18 +81,40 @@ def test_the_state_of_an_engine(tmp_path):
         assert planned == pytest.approx(measured, rel=0.08 if offload else 0.04), (stage, bf16, offload)
 
 
-def test_what_transients_add():
-    """By hand, of a model of 1,000 weights on 4 ranks, all trained: what is there only while a step is made is counted."""
-    full = state_bytes({"stage": 0}, 1000, 1000, 4, True)
-    assert (full.weights, full.gradients, full.optimizer) == (2000, 2000 + 4000, 4000 + 8000)  # fp32 gradients are made for the step
-    one = state_bytes({"stage": 1, "reduce_bucket_size": 10}, 1000, 1000, 4, False)
-    assert (one.weights, one.gradients, one.optimizer, one.buffers) == (4000, 4000 + 1000, 3000, 40)
-    two = state_bytes({"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10}, 1000, 600, 4, True)
+def test_parts_by_hand():
+    """Of a model of 1,000 weights on 4 ranks, the largest of 50: what is kept from one micro-batch to the next, and what is there for a moment, is counted."""
+    full = state_bytes({"stage": 0}, 1000, 1000, 4, True, 50)
+    assert (full.weights, full.gradients, full.optimizer, full.kept, full.transient) == (2000, 2000, 4000 + 8000, 0, 4000)  # fp32 gradients for the step
+    wide = state_bytes({"stage": 0}, 1000, 1000, 4, False, 50, accumulates=True)
+    assert (wide.weights, wide.gradients, wide.optimizer, wide.kept, wide.transient) == (4000, 4000, 8000, 4000, 4000)  # laid end to end to be sent
+    one = state_bytes({"stage": 1, "reduce_bucket_size": 10}, 1000, 1000, 4, False, 50)
+    assert (one.weights, one.gradients, one.optimizer, one.buffers, one.kept, one.transient) == (4000, 4000, 3000, 40, 0, 1000)
+    sums = state_bytes({"stage": 1, "reduce_bucket_size": 10}, 1000, 1000, 4, True, 50)
+    assert (sums.weights, sums.gradients, sums.optimizer, sums.buffers, sums.kept, sums.transient) == (2000, 6000, 3000, 0, 4000, 4000 + 2000)
+    two = state_bytes({"stage": 2, "overlap_comm": True, "reduce_bucket_size": 10}, 1000, 600, 4, True, 50)
     assert (two.weights, two.gradients, two.optimizer, two.buffers, two.host) == (2000, 600, 1800, 40, 0)
-    three = state_bytes({"stage": 3, "reduce_bucket_size": 10}, 1000, 600, 4, True)
+    assert (two.kept, two.transient) == (0, 300 + 2 * 100)  # its part of the gradients in bf16, and two of the largest
+    assert two.begun == 600 + 100  # its part of the sums, and the head's gradient
+    assert state_bytes({"stage": 2}, 1000, 600, 4, True, 500).transient == 300 + 2 * 1000
+    assert state_bytes({"stage": 2}, 1000, 600, 1, True, 500).transient == 8 * 500  # the norm of the largest, in fp64
+    assert state_bytes({"stage": 2}, 1000, 600, 4, True, 50, accumulates=True).kept == 600
+    three = state_bytes({"stage": 3, "reduce_bucket_size": 10}, 1000, 600, 4, True, 50)
     assert (three.weights, three.gradients, three.optimizer, three.buffers) == (500, 600, 1800, 20 + 2000)
-    away = state_bytes({"stage": 3, "reduce_bucket_size": 10, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 1000, 600, 4, True)
-    assert (away.weights, away.gradients, away.optimizer, away.host) == (0, 0, 0, 500 + 1800 + 2 * 600)
+    assert (three.kept, three.transient) == (600, 600)
+    away = state_bytes(
+        {"stage": 3, "reduce_bucket_size": 10, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, 1000, 600, 4, True, 50
+    )
+    assert (away.weights, away.gradients, away.optimizer, away.host, away.transient) == (0, 0, 0, 500 + 1800 + 2 * 600, 200)
+
+
+def test_the_most_at_a_time_is_activations_or_gradients():
+    state = state_bytes({"stage": 2, "reduce_bucket_size": 10}, 1000, 1000, 2, True, 50, accumulates=True)
+    fixed = 2000 + 6000 + 20
+    assert (state.gradients, state.kept, state.transient) == (2000, 2000, 1000 + 200)
+    assert peak_bytes(state, 500, 300) == fixed + 2000 + 1000 + 200
+    assert peak_bytes(state, 5000, 300) == fixed + 2000 + 5300
+    state.kept = 0  # a single micro-batch
+    assert peak_bytes(state, 5000, 300) == fixed + 2000 + 100 + 5000
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
@@ -138,5 +160,3 @@ def test_the_loss_never_holds_more_than_planned(trained):
         peak = max(peak, held)
     planned = loss_bytes(rows, width, trained, bf16=False)
     assert 0.9 * planned < peak < 1.05 * planned + 2 * m * width * 4  # and the gradient of the hidden states
-
-
