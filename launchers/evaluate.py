@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,6 +48,8 @@ FREE = ("shard_cache", "shard_cache_gb", "local_rank", "output_dir", "model", "s
 
 @dataclass(kw_only=True)
 class EvaluateArguments(ShardArguments, LaunchArguments):
+    stage: ClassVar = "evaluate"
+
     output_dir: str = arg("Folder of the results: predictions.jsonl, metrics.json, report.html. The same command on an existing folder goes on.")
     seed: int = arg("Seed of whose ECG stands in for whose, and of noise.", 42)
     model: str = arg("Folder written by launchers/instruct.py (an adapter), launchers/pretrain.py or `python -m toolkit.lm.merge` (a model).")

@@ -9,7 +9,7 @@ With --eval_steps it is the one with the best exact match of all validations (of
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -49,6 +49,8 @@ from toolkit.training.zero3 import place_backbone, whole_state
 
 @dataclass(kw_only=True)
 class InstructArguments(TrainingShardArguments, LanguageModelArguments):
+    stage: ClassVar = "instruct"
+
     backbone: str = arg(
         "Folder written by launchers/pretrain.py; or, to tune without ECG pretraining, tiny, smollm2 or any causal LM: its ECG tokens then start untrained."
     )

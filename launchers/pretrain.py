@@ -10,7 +10,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,6 +41,8 @@ from toolkit.training.zero3 import place_backbone, whole_state
 
 @dataclass(kw_only=True)
 class PretrainArguments(TrainingShardArguments, LanguageModelArguments):
+    stage: ClassVar = "pretrain"
+
     backbone: str = arg("tiny (5 M parameters, made on the spot), smollm2, or any causal LM: a folder or a hub name such as meta-llama/Llama-3.2-3B.")
     shards: str = arg("Token shards written by `python -m sharding.shard`: a folder, or the URL of one (s3://, gs://, https://, ...).")
     objective: Literal["causal", "windows"] = arg(

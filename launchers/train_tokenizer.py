@@ -9,7 +9,7 @@ For live signals (toolkit/tokenizer/streaming.py): --causal. As the authors' rel
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `deepspeed launchers/x.py` puts launchers/ on the path, not the project
 
@@ -34,6 +34,8 @@ AUGMENTATIONS = ("augment_noise", "augment_wander", "augment_lead_dropout")
 
 @dataclass(kw_only=True)
 class TokenizerArguments(TrainingArguments):
+    stage: ClassVar = "train_tokenizer"
+
     manifest: str = arg("Folder written by `python -m sharding.prepare`.")
     arch: Literal["heartspeed", "paper", "heartllm"] = arg("heartspeed: ours. paper: as the paper says. heartllm: as the authors' release.", "heartspeed")
     levels: list[int] = arg("Levels of each dimension of the quantiser; their product is the number of ECG tokens.", [6, 6, 6, 6])

@@ -2,7 +2,7 @@
 
 A part (a shard, or some thousand records to check) belongs to one rank and ends with a completion file in OUT/parts/, which is written last. A
 rerun skips what is complete, whatever the number of workers and ranks is now. Which rank finds the last part complete merges; two that
-find it at once write the same bytes.
+find it at once write the same bytes, and so do two that work on one part, as a job resubmitted beside the others of its array may.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from toolkit.errors import UserError
-from toolkit.files import write_text
+from toolkit.files import sweep, write_text
 
 PARTS = "parts"
 WITHOUT_TERMINAL = 60  # seconds between lines of progress in a log file
@@ -31,22 +31,42 @@ WITHOUT_TERMINAL = 60  # seconds between lines of progress in a log file
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
-    env = os.environ.get
-    # Within srun the step's tasks, which may be fewer than the job's. A batch script has SLURM_PROCID too, but no step: it runs alone.
-    if env("SLURM_PROCID") and (env("SLURM_STEP_ID") or not env("SLURM_JOB_ID")):
-        rank, world = env("SLURM_PROCID"), env("SLURM_STEP_NUM_TASKS") or env("SLURM_NTASKS") or 1
-    else:
-        rank, world = env("RANK") or 0, env("WORLD_SIZE") or 1
+    rank, world = place()
     parser.add_argument(
         "--workers", type=int, default=cores, help="processes on this machine, one thread each (default: its cores, %(default)s); the bytes are the same"
     )
     parser.add_argument(
-        "--rank", type=int, default=rank, help="number of this machine among --world_size that share the work (default: SLURM_PROCID or RANK, else 0)"
+        "--rank",
+        type=int,
+        default=rank,
+        help="number of this machine among --world_size that share the work (default: of SLURM's step and array, or RANK, else 0)",
     )
     parser.add_argument(
-        "--world_size", type=int, default=world, help="machines that run this command on the same --out (default: SLURM_NTASKS or WORLD_SIZE, else 1)"
+        "--world_size",
+        type=int,
+        default=world,
+        help="machines that run this command on the same --out (default: of SLURM's step and array, or WORLD_SIZE, else 1)",
     )
     parser.add_argument("--overwrite", action="store_true", help="begin anew, in place of what --out holds")
+
+
+def place() -> tuple[int, int]:
+    """Rank and world size of this process, of its SLURM step and job array, or of RANK and WORLD_SIZE; alone it is 0 of 1.
+
+    In an array each of its jobs holds as many ranks as its step has tasks. A job resubmitted as `--array=3` is an array of one, so it does all that
+    is left. Raises UserError for an array with gaps, such as --array=3,5.
+    """
+    env = os.environ.get
+    # Within srun the step's tasks, which may be fewer than the job's. A batch script has SLURM_PROCID too, but no step: it runs alone.
+    step = env("SLURM_PROCID") and (env("SLURM_STEP_ID") or not env("SLURM_JOB_ID"))
+    rank, world = (env("SLURM_PROCID"), env("SLURM_STEP_NUM_TASKS") or env("SLURM_NTASKS") or 1) if step else (0, 1)
+    if not env("SLURM_ARRAY_TASK_ID"):
+        return (int(rank), int(world)) if step else (int(env("RANK") or 0), int(env("WORLD_SIZE") or 1))
+    task, first, last, apart, jobs = (int(env(f"SLURM_ARRAY_TASK_{name}")) for name in ("ID", "MIN", "MAX", "STEP", "COUNT"))
+    if jobs > 1 and (last - first) != apart * (jobs - 1):
+        raise UserError(f"--array: its {jobs} numbers from {first} to {last} have gaps; --array=0-{jobs - 1} shares what is left among as many jobs")
+    index = (task - first) // apart if jobs > 1 else 0
+    return index * int(world) + int(rank), jobs * int(world)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -105,12 +125,6 @@ def claim(out: Path, arguments: dict, files: tuple[str, ...], args: argparse.Nam
         yield parts
     finally:
         lock.release()
-
-
-def sweep(folder: Path, name: str) -> None:
-    """Remove what killed runs left of a file ('': of all) that nobody else writes."""
-    for path in folder.glob(f".{name}*.partial"):
-        path.unlink(missing_ok=True)
 
 
 def guarded(out: Path, write: Callable, *args):

@@ -31,13 +31,17 @@ SHOWN = 3  # ids of it that are printed
 KINDS = ("ecgqa", "reports", "heartllm")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sharding.shard_tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS, help="ecgqa, heartllm: tasks of --qa; reports: the manifest's report column")
     parser.add_argument("--qa", type=Path, nargs="+", help="ecgqa: a folder of ECG-QA 1.0.2 json files, such as ecgqa/ptbxl/template; heartllm: json files")
     parser.add_argument("--shards", required=True, type=Path, help="token shards written by `python -m sharding.shard`")
     parser.add_argument("--out", required=True, type=Path, help="folder for the task shards; tasks of the other kind that it holds are kept")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     if args.kind == "reports" and args.qa:
         raise UserError("--qa: reports come from the shards' manifest; leave it out, or say `ecgqa` or `heartllm`")
     if args.kind != "reports" and not args.qa:

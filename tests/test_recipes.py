@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -10,32 +12,87 @@ from typing import Literal
 import pytest
 import yaml
 
+from sharding import line
 from toolkit.errors import UserError
+from toolkit.recipe import STAGES, has_sections, load, read
 from toolkit.training.arguments import LaunchArguments, arg, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
-CLASSES = {"pretrain": "PretrainArguments", "instruct": "InstructArguments", "train_tokenizer": "TokenizerArguments"}
+FLAT = [path for path in RECIPES if not has_sections(load(path))]
+LINES = [path for path in RECIPES if path not in FLAT]
+CLASSES = {"pretrain": "PretrainArguments", "instruct": "InstructArguments", "train_tokenizer": "TokenizerArguments", "evaluate": "EvaluateArguments"}
+PATHS = {"shards", "manifest", "output_dir"}
 
 
 def test_there_are_recipes():
     assert {path.stem for path in RECIPES} >= {
-        "llama3.2-3b-pretrain", "llama3.2-3b-instruct", "paper-pretrain", "smollm2-pretrain", "tokenizer-heartspeed"
+        "llama3.2-3b-pretrain", "llama3.2-3b-instruct", "paper-pretrain", "smollm2-pretrain", "tokenizer-heartspeed", "ptbxl-line"
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FLAT, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses_with_the_command_in_its_comments(path):
     """The launcher is the one that the command names."""
     name = path.relative_to(ROOT)
-    launcher, given = re.search(rf"launchers/(\w+)\.py (--recipe {name} .*)", path.read_text()).groups()
+    launcher, given = re.search(rf"launchers/(\w+)\.py (--recipe {name}.*)", path.read_text()).groups()
     cls = getattr(import_module(f"launchers.{launcher}"), CLASSES[launcher])
     args = parse(cls, "", shlex.split(given.replace(str(name), str(path))))
     recipe = yaml.safe_load(path.read_text())
-    assert not {"shards", "manifest", "output_dir"} & recipe.keys()  # paths are the user's
+    # an ablation's folders are the benchmark's; the others run as they stand, so that a command of two words can submit them
+    paths = {name: value[0] if isinstance(value, list) else value for name, value in recipe.items() if name in PATHS}
+    assert len(paths) == (0 if path.parent.name == "ablations" else 2) and all(value.startswith("runs/") for value in paths.values())
     assert (ROOT / args.deepspeed).is_file()
     for name, value in recipe.items():
         assert getattr(args, name) == (float(value) if name == "learning_rate" else value)
+
+
+@pytest.mark.parametrize("path", LINES, ids=lambda path: path.stem)
+def test_a_line_parses_with_the_commands_in_its_comments_and_its_stages_fit(path):
+    """What a stage reads is what an earlier one writes, or the user's; submit.py's own checks are in tests/launchers/test_submit.py."""
+    name, recipe = path.relative_to(ROOT), load(path)
+    commands = re.findall(rf"launchers/(\w+)\.py (--recipe {name}.*)", path.read_text())
+    assert [launcher for launcher, _ in commands] == [stage for stage in STAGES if stage in recipe and stage != "shard"]
+    for launcher, given in commands:
+        args = parse(getattr(import_module(f"launchers.{launcher}"), CLASSES[launcher]), "", shlex.split(given.replace(str(name), str(path))))
+        assert {key: getattr(args, key) for key in recipe[launcher]} == recipe[launcher]
+    shard = line.shard_arguments(path)
+    tasks = line.task_arguments(path, shard.out / "shards")
+    assert recipe["pretrain"]["shards"] == str(shard.out / "shards") and recipe["train_tokenizer"]["manifest"] == str(shard.out / "manifest")
+    assert all(f"--out={recipe['evaluate']['shards']}" in command for command in tasks)
+
+
+def test_the_section_of_a_launcher_is_read_and_no_other(tmp_path):
+    path = tmp_path / "line.yaml"
+    path.write_text("pretrain:\n  output_dir: p\n  backbone: tiny\nevaluate:\n  output_dir: e\n")
+    assert read(path, "pretrain") == {"output_dir": "p", "backbone": "tiny"} and read(path, "evaluate") == {"output_dir": "e"}
+    with pytest.raises(UserError, match=r"--recipe: .*line.yaml has no section instruct; it has pretrain, evaluate"):
+        read(path, "instruct")
+    path.write_text("pretrain:\n  output_dir: p\nname: 3\n")
+    with pytest.raises(UserError, match=r"--recipe: .*line.yaml: there is no section 'name'; there are train_tokenizer, shard"):
+        read(path, "pretrain")
+    for text, wanted in (("pretrain: p\n", "section pretrain must hold lines"), ("tasks: [a]\n", "section tasks must hold a list")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=wanted):
+            read(path, "pretrain")
+
+
+def test_toolkit_recipe_prints_the_runs_folder_without_torch(tmp_path):
+    """As the batch scripts ask it."""
+    line, flat = tmp_path / "line.yaml", tmp_path / "flat.yaml"
+    line.write_text("shard:\n  out: d\npretrain:\n  output_dir: p\n")
+    flat.write_text("tasks: all\n")
+
+    def asked(*words):
+        return subprocess.run([sys.executable, "-X", "importtime", "-m", "toolkit.recipe", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+    said = asked("pretrain", line)
+    assert (said.returncode, said.stdout) == (0, "p\n") and not re.search(r"\| +(torch|transformers|numpy)$", said.stderr, re.M)
+    assert asked("shard", line).stdout == "d\n"
+    assert asked("pretrain", line, "--max_steps", "3", "--output_dir", "q", "--hang_timeout=5").stdout == "q\n"
+    assert asked("instruct", flat, "--output_dir=r").stdout == "r\n"
+    said = asked("instruct", flat, "--max_steps", "3")
+    assert said.returncode == 2 and said.stderr.splitlines()[-1].startswith(f"error: --output_dir: neither the arguments nor {flat} say it")
 
 
 def test_the_papers_recipes_are_the_releases_choice():

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import secrets
@@ -64,11 +65,14 @@ def digest(path: str | Path) -> str:
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path`, contents and name on the disk, when the block ends, and vanishes when it raises.
 
-    The temporary name is new each time: several ranks may write the same file at once.
+    The temporary name is new each time, and its file locked as long as it is written: several ranks may write the same file at once, and
+    `sweep` takes only what killed ones left.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(partial, "xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -81,6 +85,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove what killed runs left of a file ('': of all) that `whole_file` wrote in a folder; a file that is being written stays."""
+    for path in folder.glob(f".{name}*.partial"):
+        with contextlib.suppress(OSError):  # its writer holds the lock, or has just completed it
+            with open(path, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
