@@ -5,7 +5,7 @@
 
 By itself DeepSpeed 0.19 hands on, over ssh, what begins with PYTHON, UCX, MV2 or MLFLOW; NCCL_* only where the machine it is started on has a GPU. It reads
 .deepspeed_env of the home folder, then that of the folder it is started in, which is the one this writes. SLURM's srun and `deepspeed --no_ssh` need none of
-it: there each node's launcher has an environment of its own. Secrets stay out; write it again when the environment has changed.
+it: there each node's launcher has an environment of its own. Secrets stay out; write it again when the environment has changed: your own lines stay.
 """
 
 import argparse
@@ -34,22 +34,28 @@ NAMES = {
     "HTTP_PROXY": "the way to the hub", "HTTPS_PROXY": "the way to the hub", "NO_PROXY": "the way to the hub",
 }  # fmt: skip
 NOT = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
-SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$")
+SECRET = re.compile("TOKEN(?!IZERS_PARALLELISM)|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
+IN_VALUE = re.compile(r"(^|//)[^/@]*:[^@]*@|[?&](token|key|sig|signature)=", re.IGNORECASE)  # user:password@host; a signed address
 
 
 def chosen(environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     """Lines of the file, and why of those variables that are left out."""
     lines, left = [], {}
     for name, value in sorted(environment.items()):
-        if name in NOT or not (name in NAMES or name.startswith(tuple(PREFIXES))):
+        if not ours(name):
             continue
-        if SECRET.search(name) or re.search(r"://[^/@]*@", value):
+        if SECRET.search(name) or IN_VALUE.search(value):
             left[name] = "a secret, and every user of a node sees the commands that run there; `hf auth login` keeps a token in HF_HOME, which nodes can share"
         elif not value or value != value.strip() or "\n" in value:
             left[name] = "DeepSpeed loses empty values, spaces at the ends and line breaks"
         else:
             lines.append(f"{name}={quoted(value)}")
     return lines, left
+
+
+def ours(name: str) -> bool:
+    """Whether this program decides about a variable; all others in the file were put there by hand."""
+    return name in NAMES or (name.startswith(tuple(PREFIXES)) and name not in NOT)
 
 
 def quoted(value: str) -> str:
@@ -67,6 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.parse_args(argv)
     lines, left = chosen(dict(os.environ))
     try:
+        before = Path(NAME).read_text().splitlines() if Path(NAME).exists() else []
+        by_hand = [line for line in before if "=" in line and not ours(line.split("=")[0])]
+        gone = sorted({line.split("=")[0] for line in before if "=" in line} - {line.split("=")[0] for line in lines + by_hand})
+        lines += by_hand
         # DeepSpeed takes every line for NAME=VALUE: no comment can stand in the file
         with open(os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
             os.fchmod(file.fileno(), 0o600)
@@ -74,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise UserError(f"{Path(NAME).resolve()} cannot be written ({error.strerror}): start it in the folder in which deepspeed is then started") from None
     print(f"{Path(NAME).resolve()}: {len(lines)} variables: {' '.join(line.split('=')[0] for line in lines)}")
+    if gone:
+        print(f"no longer in it, since this shell has no such variable, or its value is left out: {' '.join(gone)}")
     for name, why in left.items():
         print(f"left out: {name} ({why})")
 

@@ -10,6 +10,7 @@ same command again goes on where a chain was broken off. Run it in the project's
 
 import argparse
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,23 +22,29 @@ sys.path.insert(0, str(ROOT))
 ENVIRONMENT = dict(os.environ)  # what sbatch is given, and the jobs inherit: not the next line
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says, on a login node, that it found no GPU
 
-from launchers.submit_checks import Stage, chain_of, check, understand
+from launchers.submit_checks import Stage, chain_of, check, size_of, understand
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.lm.flops import GPUS
 from toolkit.recipe import STAGES
+
+TAKEN = r"--(nodes|gpus-per-node|array|dependency|parsable)\b|-[Nad]"  # options of sbatch that a stage's command holds already
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     made.add_argument("recipe", help="YAML file: arguments of one launcher, or sections (recipes/ptbxl-line.yaml)")
-    made.add_argument("--nodes", type=int, required=True, help="nodes of each training or evaluation job")
+    made.add_argument("--nodes", type=int, required=True, help="nodes of each job of pretraining, tuning and evaluation; the tokenizer trains on one")
     made.add_argument("--chain", help=f"stages, in order, with commas: {','.join(STAGES)} (default: all sections of the recipe)")
     made.add_argument("--shard_jobs", type=int, default=8, help="jobs of one node each that share the sharding (default: %(default)s)")
     made.add_argument("--dry-run", "--dry_run", action="store_true", help="check and show, submit nothing; needs no SLURM")
     made.add_argument("--partition", help="SLURM's, of all jobs")
     made.add_argument("--account", help="SLURM's, of all jobs")
     made.add_argument("--time", help="SLURM's time limit of each job; a trainer that reaches it saves and is queued again")
-    made.add_argument("--gpus_per_node", type=int, help="GPUs, and so ranks, a node of training and evaluation (default: as the batch scripts say)")
+    made.add_argument(
+        "--gpus_per_node",
+        type=int,
+        help="GPUs, and so ranks, of each node (default: as the batch scripts say; the tokenizer trains on one); 0: none, RANKS_PER_NODE ranks (1)",
+    )
     made.add_argument("--gpu", choices=GPUS, help="which GPUs they are: then pretraining's memory is planned too (python -m toolkit.plan)")
     return made
 
@@ -50,7 +57,8 @@ def commands(args: argparse.Namespace, stages: list[Stage], further: list[str]) 
         if stage.name == "shard":
             size = ["--nodes=1", f"--array=0-{args.shard_jobs - 1}"]
         else:
-            size = [f"--nodes={args.nodes}", *([] if args.gpus_per_node is None else [f"--gpus-per-node={args.gpus_per_node}"])]
+            nodes, ranks, with_gpus = size_of(stage.name, args.nodes, args.gpus_per_node)
+            size = [f"--nodes={nodes}", *([] if args.gpus_per_node is None else [f"--gpus-per-node={ranks if with_gpus else 0}"])]
         name = f"--job-name={Path(args.recipe).stem}-{stage.name}"
         made.append(["sbatch", "--parsable", name, *size, *shared, *further, f"launchers/slurm/{stage.name}.sbatch", args.recipe])
     return made
@@ -63,12 +71,12 @@ def after(command: list[str], job: str) -> list[str]:
 
 def show(args: argparse.Namespace, stages: list[Stage], made: list[list[str]]) -> str:
     """The plan of a dry run."""
-    each = "a rank for each GPU of a node (RANKS_PER_NODE without GPUs)"
-    if args.gpus_per_node:
-        each = f"{args.gpus_per_node} ranks each, {args.nodes * args.gpus_per_node} in all"
     lines, before = [], None
     for stage, command in zip(stages, made):
-        size = f"array of {args.shard_jobs} jobs of one node" if stage.name == "shard" else f"{args.nodes} node{'s' * (args.nodes > 1)}, {each}"
+        size = f"array of {args.shard_jobs} jobs of one node"
+        if stage.name != "shard":
+            nodes, ranks, with_gpus = size_of(stage.name, args.nodes, args.gpus_per_node)
+            size = f"{nodes} node{'s' * (nodes > 1)} of {ranks} rank{'s' * (ranks > 1)}{'' if with_gpus else ' without GPU'}, {nodes * ranks} in all"
         folders = dict.fromkeys(folder for folders in stage.writes.values() for folder in folders)
         lines += [f"{stage.name}: {size}" + (f"; after {before}" if before else ""), f"  writes  {' '.join(folders)}"]
         lines.append("  command " + shlex.join(after(command, f"ID_OF_{before}") if before else command))
@@ -84,18 +92,22 @@ def submit(stages: list[Stage], made: list[list[str]]) -> list[str]:
             done = subprocess.run(after(command, jobs[-1]) if jobs else command, env=ENVIRONMENT, capture_output=True, text=True)
             if done.returncode:
                 raise UserError(f"stage {stage.name}: {done.stderr.strip() or f'sbatch ended with {done.returncode}'}")
-            jobs.append(done.stdout.strip().split(";")[0])  # 12;cluster
+            print(done.stderr, end="", file=sys.stderr)  # what a site's sbatch says beside the number: budgets, defaults
+            jobs.append(done.stdout.strip().splitlines()[-1].split(";")[0])  # 12;cluster
             print(f"{jobs[-1]:>10}  {stage.name}", flush=True)
     except BaseException:
         if jobs:
-            subprocess.run(["scancel", *jobs], env=ENVIRONMENT)
-            print(f"nothing is left queued: {', '.join(jobs)} cancelled", file=sys.stderr)
+            gone = subprocess.run(["scancel", *jobs], env=ENVIRONMENT).returncode == 0
+            said = f"nothing is left queued: {', '.join(jobs)} cancelled" if gone else f"still queued, for scancel failed: scancel {' '.join(jobs)}"
+            print(said, file=sys.stderr)
         raise
     return jobs
 
 
-def check_place(args: argparse.Namespace, names: list[str]) -> None:
+def check_place(args: argparse.Namespace, names: list[str], further: list[str]) -> None:
     """Raises UserError naming the argument, or what is missing on this machine."""
+    if taken := [word for word in further if re.match(TAKEN, word)]:
+        raise UserError(f"-- {taken[0]}: is set here for each stage, by --nodes, --gpus_per_node, --shard_jobs and the chain; leave it out")
     for name in ("nodes", "shard_jobs"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}: must be at least 1")
@@ -116,7 +128,7 @@ def main(argv: list[str]) -> None:
     own, further = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     args = parser().parse_args(own)
     names = args.chain.split(",") if args.chain else chain_of(args.recipe)
-    check_place(args, names)
+    check_place(args, names, further)
     stages = [understand(args.recipe, name) for name in names]
     warnings = check(stages, args.nodes, args.gpus_per_node, args.gpu)
     for warning in warnings:
@@ -127,7 +139,7 @@ def main(argv: list[str]) -> None:
         return
     jobs = submit(stages, made)
     runs = [f"{stage.args.output_dir}/logs" for stage in stages if stage.name != "shard"]
-    print(f"watch:  squeue --jobs {','.join(jobs)}" + (f"; logs, one a node, in {' '.join(runs)}" if runs else ""))
+    print(f"watch:  squeue --jobs {','.join(jobs)}; logs slurm-{Path(args.recipe).stem}-*.out here" + (f", of each node in {' '.join(runs)}" if runs else ""))
     print(f"stop:   scancel {' '.join(jobs)}")
 
 

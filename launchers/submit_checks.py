@@ -27,6 +27,7 @@ READS = {  # argument -> what it is, where a stage of the line makes such; None:
 }
 WRITES = {"train_tokenizer": "ECG tokenizer", "pretrain": "pretrained model", "instruct": "adapter", "evaluate": "evaluation"}
 NAMED = ("tiny", "smollm2")  # backbones that are no folder
+SCRIPTS = Path(__file__).parent / "slurm"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,20 @@ def _shard(recipe: str) -> Stage:
     return Stage("shard", args, reads, writes)
 
 
+def size_of(stage: str, nodes: int, gpus_per_node: int | None) -> tuple[int, int, bool]:
+    """(nodes, ranks a node, whether each has a GPU) of a stage's job. The tokenizer is small: one node, as its batch script says.
+
+    nodes, gpus_per_node: of submit.py's command line; None: as the batch script says. Raises UserError if RANKS_PER_NODE is no number.
+    """
+    script = (SCRIPTS / f"{stage}.sbatch").read_text()
+    own = int(re.search(r"^#SBATCH --gpus-per-node=(\d+)", script, re.MULTILINE)[1])
+    gpus = own if gpus_per_node is None or (stage == "train_tokenizer" and gpus_per_node) else gpus_per_node
+    ranks = os.environ.get("RANKS_PER_NODE") or str(gpus or 1)
+    if not ranks.isdecimal() or int(ranks) < 1:
+        raise UserError(f"RANKS_PER_NODE={ranks}: must be a whole number from 1 on")
+    return 1 if stage == "train_tokenizer" else nodes, int(ranks), gpus > 0
+
+
 def check(stages: list[Stage], nodes: int, gpus_per_node: int | None, gpu: str | None) -> list[str]:
     """Warnings about a chain. Raises UserError for what would end a stage hours later: files that are not there and no stage makes, a ds_config
     that is refused, two stages that write one folder."""
@@ -106,8 +121,9 @@ def check(stages: list[Stage], nodes: int, gpus_per_node: int | None, gpu: str |
         if stage.name == "shard":
             prepare.check_arguments(stage.args)
         elif stage.name != "evaluate":
-            bf16 = stage.args.precision == "bf16" or (stage.args.precision == "auto" and gpus_per_node != 0)
-            world = nodes * (gpus_per_node or 1)
+            count, ranks, with_gpus = size_of(stage.name, nodes, gpus_per_node)
+            bf16 = stage.args.precision == "bf16" or (stage.args.precision == "auto" and with_gpus)
+            world = count * ranks
             ds_config.resolve(stage.args.deepspeed, stage.args, world, bf16, hidden_size=1024)  # of any model: for the "auto"s
             if stage.name == "pretrain" and gpu:
                 warnings += _memory(stage.args, world, gpu)
@@ -137,8 +153,7 @@ def _memory(args, world: int, gpu: str) -> list[str]:
     except UserError as error:
         return [f"pretrain: memory was not planned ({error})"]
     state = next(state for state in planned["presets"].values() if state["chosen"])
-    needed = sum(state[part] for part in ("weights", "gradients", "optimizer", "buffers")) + planned["loss"]
-    needed += planned["activations"][args.gradient_checkpointing]
+    needed = state["peak"][args.gradient_checkpointing]
     if needed <= planned["gpu_memory"]:
         return []
     return [f"pretrain needs {needed / 1e9:.0f} GB a rank by plan, --gpu {gpu} has {planned['gpu_memory'] / 1e9:.0f}: see python -m toolkit.plan --scaling"]

@@ -91,6 +91,9 @@ def test_toolkit_recipe_prints_the_runs_folder_without_torch(tmp_path):
     assert asked("shard", line).stdout == "d\n"
     assert asked("pretrain", line, "--max_steps", "3", "--output_dir", "q", "--hang_timeout=5").stdout == "q\n"
     assert asked("instruct", flat, "--output_dir=r").stdout == "r\n"
+    assert asked("pretrain", line, "--output-dir", "s").stdout == "s\n" and asked("pretrain", line, "--output-dir=t").stdout == "t\n"  # launchers take both
+    said = asked("pretrain", line, "--recipe", flat)
+    assert said.returncode == 2 and f"error: --recipe {flat}: {line} is the recipe already" in said.stderr
     said = asked("instruct", flat, "--max_steps", "3")
     assert said.returncode == 2 and said.stderr.splitlines()[-1].startswith(f"error: --output_dir: neither the arguments nor {flat} say it")
 

@@ -68,15 +68,13 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     The temporary name is new each time, and its file locked as long as it is written: several ranks may write the same file at once, and
     `sweep` takes only what killed ones left.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    partial, file = _locked(path)
     try:
-        with open(partial, "xb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)  # before the lock goes: `sweep` would take it for a killed run's
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -85,6 +83,18 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _locked(path: Path) -> tuple[Path, BinaryIO]:
+    """A new temporary file beside `path`, locked. Another one if `sweep` took it in the moment before it was."""
+    while True:
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+        file = open(partial, "xb")
+        with contextlib.suppress(OSError):  # a file system without locks, where `sweep` takes nothing
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return partial, file
+        file.close()
 
 
 def sweep(folder: Path, name: str) -> None:

@@ -3,7 +3,7 @@
     python -m toolkit.recipe pretrain recipes/ptbxl-line.yaml                             # prints the run's folder
     python -m toolkit.recipe pretrain recipes/ptbxl-line.yaml --output_dir runs/other     # arguments override the recipe, as in a launcher
 
-The second form is what the batch scripts of launchers/slurm/ ask. Imports no torch: it answers within 0.1 s.
+The second form is what the batch scripts of launchers/slurm/ ask. Imports no torch: it answers in a fraction of a second.
 """
 
 import argparse
@@ -62,11 +62,16 @@ def where(path: str | Path, stage: str | None) -> str:
 
 
 def output_dir(stage: str, path: str, argv: list[str]) -> str:
-    """The folder that a stage writes: of the arguments, else of the recipe. For `shard` it is `out`. Raises UserError if neither says it."""
+    """The folder that a stage writes: of the arguments, else of the recipe. For `shard` it is `out`. Raises UserError if neither says it, or the
+    arguments name a second recipe."""
     name = "out" if stage == "shard" else "output_dir"
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(f"--{name}")
-    folder = vars(parser.parse_known_args(argv)[0])[name] or read(path, stage).get(name)
+    parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}")  # as launchers take it
+    parser.add_argument("--recipe")
+    args = vars(parser.parse_known_args(argv)[0])
+    if args["recipe"]:
+        raise UserError(f"--recipe {args['recipe']}: {path} is the recipe already; a job takes one")
+    folder = args[name] or read(path, stage).get(name)
     if folder in (None, ""):
         raise UserError(f"--{name}: neither the arguments nor {path} say it; put --{name} FOLDER behind the recipe")
     return str(folder)

@@ -121,21 +121,26 @@ def test_what_is_chosen_and_what_is_left_out():
     lines, left = chosen({
         "OMP_NUM_THREADS": "4", "NCCL_SOCKET_IFNAME": "ib0", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0", "CUDA_HOME": "/usr/local/cuda",
         "HF_HOME": "/my models", "HF_TOKEN": "x", "TORCH_API_KEY": "x", "https_proxy": "http://me:word@proxy:1", "http_proxy": "http://proxy:1",
+        "HF_AUTH": "x", "DS_PASSPHRASE": "x", "http_PROXY": "x", "HTTP_PROXY": "me:word@proxy:1", "HF_ENDPOINT": "https://hub/?token=x", "DS_Secret_ONE": "x",
         "TRITON_CACHE_DIR": "", "DS_MESSAGE": "two\nlines", "HOME": "/root", "AWS_SECRET_ACCESS_KEY": "x", "RANK": "3",
     })  # fmt: skip
     assert lines == ["CUDA_HOME=/usr/local/cuda", "HF_HOME=/my models", "NCCL_SOCKET_IFNAME=ib0", "OMP_NUM_THREADS=4", "TOKENIZERS_PARALLELISM=false",
                      "http_proxy=http://proxy:1"]  # fmt: skip
-    assert left.keys() == {"HF_TOKEN", "TORCH_API_KEY", "https_proxy", "TRITON_CACHE_DIR", "DS_MESSAGE"}
+    secret = {"HF_TOKEN", "TORCH_API_KEY", "https_proxy", "HF_AUTH", "DS_PASSPHRASE", "HTTP_PROXY", "HF_ENDPOINT", "DS_Secret_ONE"}
+    assert left.keys() == secret | {"TRITON_CACHE_DIR", "DS_MESSAGE"} and all("a secret" in left[name] for name in secret)
 
 
 def test_a_file_that_others_could_read_becomes_the_users_own(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", "/models")
-    (tmp_path / NAME).write_text("OLD=1\n" * 100)
+    monkeypatch.delenv("DS_OLD", raising=False)
+    (tmp_path / NAME).write_text("DS_OLD=1\n" * 100 + "MY_OWN=2\n")
     (tmp_path / NAME).chmod(0o644)
     main([])
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o600 and "HF_HOME=/models\n" in (tmp_path / NAME).read_text()
-    assert "OLD" not in (tmp_path / NAME).read_text() and f"{tmp_path / NAME}: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "OLD" not in (tmp_path / NAME).read_text() and f"{tmp_path / NAME}: " in said and "no longer in it" in said and ": DS_OLD\n" in said
+    assert (tmp_path / NAME).read_text().endswith("MY_OWN=2\n")  # put there by hand: stays
     (tmp_path / NAME).unlink()
     (tmp_path / NAME).mkdir()
     with pytest.raises(SystemExit) as caught:

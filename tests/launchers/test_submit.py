@@ -76,11 +76,11 @@ def test_a_whole_line_is_submitted_in_order_each_stage_after_the_one_before(line
     said, shared = capsys.readouterr(), "--partition=gpu --time=8:00:00 --qos=long"
     expected, before = [], ""
     for i, stage in enumerate(("train_tokenizer", "shard", "pretrain", "instruct", "evaluate"), 1):
-        size = "--nodes=1 --array=0-2" if stage == "shard" else "--nodes=4 --gpus-per-node=8"
+        size = {"train_tokenizer": "--nodes=1 --gpus-per-node=1", "shard": "--nodes=1 --array=0-2"}.get(stage, "--nodes=4 --gpus-per-node=8")
         expected.append(f"sbatch --parsable {before}--job-name=all-{stage} {size} {shared} launchers/slurm/{stage}.sbatch {line.path}")
         before = f"--dependency=afterok:10{i} --kill-on-invalid-dep=yes "
     assert cluster() == expected and not said.err
-    assert "squeue --jobs 101,102,103,104,105" in said.out and f"{line.folder}/p/logs" in said.out
+    assert "squeue --jobs 101,102,103,104,105; logs slurm-all-*.out" in said.out and f"{line.folder}/p/logs" in said.out
 
 
 def test_a_failure_in_the_middle_cancels_what_was_submitted(line, cluster, capsys, monkeypatch):
@@ -88,6 +88,22 @@ def test_a_failure_in_the_middle_cancels_what_was_submitted(line, cluster, capsy
     assert refused(capsys, line.path, "--nodes", "1") == "error: stage pretrain: sbatch: error: Invalid partition specified: gpu"
     calls = cluster()
     assert len(calls) == 4 and calls[-1] == "scancel 101 102"
+
+
+def test_jobs_that_could_not_be_cancelled_are_named(line, cluster, capsys, monkeypatch):
+    monkeypatch.setitem(submit.ENVIRONMENT, "FAIL_AT", "3")
+    (line.folder / "bin/scancel").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(SystemExit):
+        submit.main([line.path, "--nodes", "1"])
+    said = capsys.readouterr().err
+    assert "still queued, for scancel failed: scancel 101 102" in said and "nothing is left" not in said
+
+
+def test_what_sbatch_says_beside_the_number_is_shown(line, cluster, capsys):
+    (line.folder / "bin/sbatch").write_text(f"#!/bin/sh\necho 'sbatch: 12 GPU hours left' >&2; echo 'a line of the site'\n{SBATCH}")
+    submit.main([line.path, "--nodes", "1", "--chain", "train_tokenizer"])
+    said = capsys.readouterr()
+    assert "12 GPU hours left" in said.err and "squeue --jobs 101;" in said.out
 
 
 def test_jobs_do_not_inherit_what_this_program_sets_for_itself(line, cluster, tmp_path):
@@ -107,11 +123,28 @@ def test_a_dry_run_shows_the_plan_and_submits_nothing(line, cluster, tmp_path, c
     submit.main([line.path, "--nodes", "2", "--dry-run", "--gpus_per_node", "8"])
     said = capsys.readouterr().out
     assert not (tmp_path / "calls").exists()
-    assert "pretrain: 2 nodes, 8 ranks each, 16 in all; after shard" in said and "shard: array of 8 jobs of one node; after train_tokenizer" in said
+    assert "pretrain: 2 nodes of 8 ranks, 16 in all; after shard" in said and "shard: array of 8 jobs of one node; after train_tokenizer" in said
+    assert "train_tokenizer: 1 node of 1 rank, 1 in all" in said
     assert f"writes  {tmp_path}/d/shards {tmp_path}/d/manifest {tmp_path}/tasks\n" in said
     assert "--dependency=afterok:ID_OF_instruct --kill-on-invalid-dep=yes --job-name=all-evaluate" in said
     submit.main([line.path, "--nodes", "1", "--dry-run", "--chain", "train_tokenizer,shard"])
     assert "pretrain" not in capsys.readouterr().out
+
+
+def test_ranks_are_counted_as_the_batch_scripts_count_them(line, monkeypatch, capsys):
+    submit.main([line.path, "--nodes", "2", "--dry-run"])
+    assert "pretrain: 2 nodes of 8 ranks, 16 in all" in capsys.readouterr().out  # of its #SBATCH lines
+    monkeypatch.setenv("RANKS_PER_NODE", "3")
+    submit.main([line.path, "--nodes", "2", "--dry-run", "--gpus_per_node", "0"])
+    said = capsys.readouterr().out
+    assert "pretrain: 2 nodes of 3 ranks without GPU, 6 in all" in said and "--gpus-per-node=0 launchers/slurm/train_tokenizer.sbatch" in said
+    monkeypatch.setenv("RANKS_PER_NODE", "two")
+    assert "RANKS_PER_NODE=two: must be a whole number" in refused(capsys, line.path, "--nodes", "2", "--dry-run")
+    monkeypatch.delenv("RANKS_PER_NODE")
+    (line.folder / "own.json").write_text('{"train_batch_size": 12, "zero_optimization": {"stage": 1}}')
+    path = line("pretrain", deepspeed=f"{line.folder}/own.json", per_device_train_batch_size=3)
+    assert "train_batch_size" in refused(capsys, path, "--nodes", "1", "--dry-run")  # 12 rows over the script's 8 GPUs
+    submit.main([path, "--nodes", "1", "--dry-run", "--gpus_per_node", "4", "--chain", "train_tokenizer,shard,pretrain"])
 
 
 @pytest.mark.parametrize(
@@ -186,6 +219,8 @@ def test_memory_and_what_needs_a_network_are_warned_of(line, monkeypatch, capsys
         (["--nodes", "1", "--chain", "pretrain,shard"], "--chain: each stage once, in the order of the line: shard,pretrain"),
         (["--nodes", "1", "--chain", "pretrain,report"], "--chain: there is no stage 'report'"),
         (["--nodes", "1", "--chain", "train_tokenizer,evaluate"], "has no section evaluate"),
+        (["--nodes", "1", "--", "--qos=long", "--array=3"], "-- --array=3: is set here for each stage"),
+        (["--nodes", "1", "--", "-N4"], "-- -N4: is set here"),
     ],
 )
 def test_mistakes_of_the_command_line(line, capsys, argv, message):

@@ -2,6 +2,9 @@
 
 import fcntl
 import json
+import multiprocessing
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,32 @@ def test_a_file_that_another_process_writes_is_not_swept(tmp_path):
     assert (tmp_path / "train-000000.tar").read_bytes() == b"whole"
     with open(tmp_path / "train-000000.tar", "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nor does the lock outlive the writing
+
+
+def _sweep_until(folder: Path, stop) -> None:
+    while not stop.is_set():
+        sweep(folder, "")
+
+
+def test_no_file_is_lost_while_another_process_sweeps_its_folder(tmp_path):
+    """Between the making of a file and its lock, and between the lock's end and the new name, a sweep once took it: 1 write in some hundred died."""
+    spawn = multiprocessing.get_context("spawn")
+    stop = spawn.Event()
+    sweeper = spawn.Process(target=_sweep_until, args=(tmp_path, stop))
+    sweeper.start()
+    try:
+        begun = time.monotonic()
+        for i in range(1500):
+            with whole_file(tmp_path / f"{i % 7}") as file:
+                file.write(b"%d" % i)
+            if i == 0:  # the sweeper's process takes a while to start
+                (tmp_path / ".dead.partial").write_text("")
+                while (tmp_path / ".dead.partial").exists():
+                    assert time.monotonic() - begun < 60
+    finally:
+        stop.set()
+        sweeper.join()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {f"{i % 7}": b"%d" % i for i in range(1493, 1500)}
 
 
 @pytest.mark.parametrize(

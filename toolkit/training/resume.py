@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def _lock(folder: Path, ranks: Ranks) -> FileLock | None:
         except UserError as error:
             problem = [str(error)]
         except Timeout:
-            problem = [f"--output_dir: another run is training in {folder}; stop it with `touch {folder}/STOP`, or name another folder"]
+            stop = "`squeue --me` shows its job, `scancel JOB` ends it" if "SLURM_JOB_ID" in os.environ else f"stop it with `touch {folder}/STOP`"
+            problem = [f"--output_dir: another run is training in {folder}; {stop}, or name another folder"]
     dist.broadcast_object_list(problem)
     if problem[0]:
         raise UserError(problem[0])
