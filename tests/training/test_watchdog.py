@@ -1,6 +1,5 @@
 """Runs that hang for real, in forked ranks: who is named, what is left behind, and that going on from there changes nothing."""
 
-import json
 import os
 import re
 import signal
@@ -9,7 +8,9 @@ import time
 import pytest
 
 from tests.training.conftest import ROOT, losses
+from toolkit.errors import UserError
 from toolkit.training import heartbeat
+from toolkit.training.arguments import TrainingArguments
 from toolkit.training.verdict import suspects, verdict
 
 STEPS = 8
@@ -46,6 +47,37 @@ def asleep_over_its_data(self, samples):
         time.sleep(1)
     return batch(self, samples)
 data.ForecastData.batch = asleep_over_its_data
+"""
+AT_END = """
+import os, signal, time
+import toolkit.training.loop as loop
+def fault(*given):
+    FAULT
+loop.RunLog.hparams = fault
+"""
+PATIENCE = """
+import toolkit.training.loop as loop
+from torch.distributed import distributed_c10d as c10d
+import torch
+build, forwards = loop.build_engine, loop.heartbeat.mark_forwards
+def days():
+    return sorted({group._get_backend(torch.device("cpu")).options._timeout.days for group in c10d._world.pg_map})
+def told(*given):
+    print("before the engine", days(), flush=True)
+    return build(*given)
+def said(model):
+    print("after it", days(), flush=True)
+    forwards(model)
+loop.build_engine, loop.heartbeat.mark_forwards = told, said
+"""
+READS = """
+import os
+import toolkit.training.heartbeat as heartbeat
+read = heartbeat.read
+def told(folder, rank):
+    print(os.environ["RANK"], "reads", rank, flush=True)
+    return read(folder, rank)
+heartbeat.read = told
 """
 
 
@@ -95,7 +127,8 @@ def same(out, undisturbed) -> bool:
 def test_a_stopped_rank_is_named_and_the_run_goes_on(fork, arguments, undisturbed, tmp_path):
     out = tmp_path / "run"
     (out / "hang").mkdir(parents=True)
-    (out / "hang" / "rank-1.txt").write_text("of an earlier hang")
+    for name in ("rank-1.txt", "rank-7.txt"):
+        (out / "hang" / name).write_text("of an earlier hang")
     run = fork(2, arguments(hang_timeout=3), tmp_path / "log", before=[at_step(1, 6, "time.sleep(1.5); os.kill(os.getpid(), signal.SIGSTOP)")])
     assert until((out / "hang" / "verdict.txt").exists)
     os.kill(run.pids[1], signal.SIGKILL)  # a launcher would
@@ -106,7 +139,8 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on(fork, arguments, undisturbe
     assert "rank 0: step 5, forward/backward, waits in collective" in said and "none of rank 1" in said
     assert "last heard of in step 5, data" in said and "in fault" in said
     stacks = (out / "hang" / "rank-0.txt").read_text()
-    assert "Thread 0x" in stacks and "in take_step" in stacks and "distributed_c10d.py" in stacks and not (out / "hang" / "rank-1.txt").exists()
+    assert "Thread 0x" in stacks and "in take_step" in stacks and "distributed_c10d.py" in stacks
+    assert sorted(path.name for path in (out / "hang").iterdir()) == ["rank-0.txt", "verdict.txt"]
     assert (out / "latest").read_text() == "checkpoint-4"
     again = fork(2, arguments(hang_timeout=3), tmp_path / "again")
     assert again.wait() == [0, 0], again.text()[-4000:]
@@ -134,7 +168,7 @@ def test_a_rank_stuck_in_native_code_is_found_by_the_others(fork, arguments, tmp
 def test_a_run_of_one_rank_is_watched_too(fork, arguments, tmp_path):
     run = fork(1, arguments(hang_timeout=2), tmp_path / "log", before=[at_step(0, 3, "time.sleep(1000)")])
     assert run.wait() == [86], run.text()[-4000:]
-    assert "rank 0 is the only one that runs" in run.text() and "in fault" in run.text()
+    assert "rank 0 is the only one" in run.text() and "in fault" in run.text()
     assert "in fault" in (tmp_path / "run" / "hang" / "rank-0.txt").read_text()
 
 
@@ -162,9 +196,10 @@ def test_a_job_that_was_suspended_as_a_whole_goes_on(fork, arguments, tmp_path, 
 def test_heartbeats_say_where_each_rank_is_and_0_switches_the_watchdog_off(fork, arguments, undisturbed, tmp_path):
     out, go = tmp_path / "run", tmp_path / "go"
     (out / "heartbeats").mkdir(parents=True)
-    (out / "heartbeats" / "rank-7.json").write_text("{}")  # of a run on eight ranks
+    for name in ("rank-7.json", ".rank-7.json.partial", ".rank-1.json.partial"):  # of a run on eight ranks that was killed
+        (out / "heartbeats" / name).write_text("{}")
     wait = f"while not os.path.exists({str(go)!r}): time.sleep(0.01)"
-    run = fork(2, arguments(hang_timeout=0), tmp_path / "log", before=[at_step(1, 4, wait)])
+    run = fork(2, arguments(hang_timeout=0), tmp_path / "log", before=[PATIENCE, at_step(1, 4, wait)])
     read = lambda rank: heartbeat.read(out, rank)
     first = until(lambda: (found := read(0)) and found["quiet_seconds"] > 4 and found)
     second = until(lambda: (found := read(1)) and found["quiet_seconds"] > 4 and found)
@@ -174,10 +209,56 @@ def test_heartbeats_say_where_each_rank_is_and_0_switches_the_watchdog_off(fork,
     assert (second["rank"], second["pid"], second["step"], second["collective"]["inside"]) == (1, run.pids[1], 3, False)
     assert first["collective"]["number"] == second["collective"]["number"] + 1 and first["collective"]["bytes"] > 0
     assert second["at"].endswith("in fault") and "engine.py" in first["at"] and second["phase"] == "data"
-    assert not (out / "heartbeats" / "rank-7.json").exists() and not (out / "hang").exists()
-    left = [json.loads(path.read_text())["phase"] for path in (out / "heartbeats").glob("*.json")]
-    assert set(left) <= {"ended"}
+    assert not (out / "heartbeats").exists() and not (out / "hang").exists()
+    assert run.text().count("before the engine [30]") == run.text().count("after it [30]") == 2
     assert same(out, undisturbed)
+
+
+def test_a_rank_that_hangs_at_the_end_is_named(fork, arguments, tmp_path):
+    for stop, codes in (("time.sleep(1000)", [86, 86]), ("time.sleep(1.5); os.kill(os.getpid(), signal.SIGSTOP)", [-signal.SIGKILL, 86])):
+        out = tmp_path / f"run-{len(stop)}"
+        run = fork(2, arguments(hang_timeout=3, max_steps=2, output_dir=out), out.parent / f"{out.name}.log", before=[AT_END.replace("FAULT", stop)])
+        assert until((out / "hang" / "verdict.txt").exists)
+        if codes[0] < 0:
+            os.kill(run.pids[0], signal.SIGKILL)  # a launcher would
+        assert run.wait() == codes, run.text()[-4000:]
+        said = (out / "hang" / "verdict.txt").read_text()
+        assert run.text().count("HANG: for 3 s") == 1 and "rank 0 holds the others up" in said
+        assert "in fault" in said and "rank 1: step 2, end, waits in" in said
+        assert (out / "hang" / "rank-1.txt").exists()
+
+
+def test_a_rank_that_fails_at_the_end_is_no_traceback_of_the_others(fork, arguments, tmp_path):
+    fault = "raise loop.UserError('--output_dir: the disk is full')"
+    run = fork(2, arguments(max_steps=2), tmp_path / "log", before=[AT_END.replace("FAULT", fault)])
+    assert run.wait() == [2, 2], run.text()[-4000:]
+    assert "error: --output_dir: the disk is full" in run.text() and "error: another rank failed" in run.text() and "Traceback" not in run.text()
+
+
+def test_where_the_lowest_ranks_are_dead_the_next_one_calls_and_only_one_does(fork, arguments, tmp_path):
+    stopped = at_step(0, 3, "os.kill(os.getpid(), signal.SIGSTOP)")
+    run = fork(4, arguments(hang_timeout=4), tmp_path / "log", before=[stopped, stopped.replace('"0"', '"1"'), READS])
+    assert until((tmp_path / "run" / "hang" / "verdict.txt").exists)
+    for pid in run.pids[:2]:
+        os.kill(pid, signal.SIGKILL)
+    assert run.wait() == [-signal.SIGKILL] * 2 + [86] * 2, run.text()[-4000:]
+    assert run.text().count("HANG: for 4 s") == 1 and "ranks 0-1 hold the others up" in run.text() and "none of ranks 0-1" in run.text()
+    assert {(reader, read) for reader, read in re.findall(r"(\d) reads (\d)", run.text()) if reader == "3"} == {("3", "0"), ("3", "1"), ("3", "2")}
+    assert ("2", "3") in re.findall(r"(\d) reads (\d)", run.text())
+    assert sorted(path.name for path in (tmp_path / "run" / "hang").iterdir()) == ["rank-2.txt", "rank-3.txt", "verdict.txt"]
+
+
+def test_a_verdict_that_fails_does_not_keep_the_run_from_ending(fork, arguments, tmp_path):
+    broken = "import toolkit.training.watchdog as watchdog\nwatchdog.verdict = lambda *given: {}[0]"
+    run = fork(2, arguments(hang_timeout=2), tmp_path / "log", before=[ASLEEP_IN_DATA, broken])
+    assert run.wait() == [86, 86], run.text()[-4000:]
+    assert "HANG: for 2 s" in run.text() and "KeyError: 0" in run.text()
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1"])
+def test_a_timeout_that_is_none_is_refused(value):
+    with pytest.raises(UserError, match="--hang_timeout must be "):
+        TrainingArguments(output_dir="x", deepspeed="y", hang_timeout=float(value))
 
 
 LONG = """
@@ -248,10 +329,11 @@ def main():
     work.wait(); late.wait()
     assert last.number == number + 1 and (ranks.rank == 1 or last.seconds - before > 0.3), last  # rank 0 waited for rank 1
     clone = dist.new_group()
-    watchdog.outlast(7200)
-    for group in (None, clone):
-        backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
-        assert backend.options._timeout == timedelta(seconds=7800), backend.options._timeout
+    for timeout, seconds in ((7200, 7800), (60, 3600), (0, 30 * 86400), (1e12, 30 * 86400)):
+        watchdog.outlast(timeout)
+        for group in (None, clone):
+            backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == timedelta(seconds=seconds), (timeout, backend.options._timeout)
     print("counted", flush=True)
 pretrain.main = main
 """
@@ -277,7 +359,8 @@ def beat(number=5, inside=True, name="all_reduce", size=8, phase="step", **more)
         ([beat(), beat(), beat(5)], {1}, [1], "dead, stopped"),
         ([beat(), beat(6, False), None], {2}, [2], "dead, stopped"),
         ([beat(), beat(phase="failed: ValueError"), beat()], {1}, [1], "ended with an error"),
-        ([beat(phase="export"), beat(phase="ended"), beat(phase="ended")], {1, 2}, [0], "is the only one that runs"),
+        ([beat(4, False, phase="export"), beat(phase="end"), beat(phase="end")], set(), [0], "has not come to collective 5"),
+        ([beat(), beat(), None], set(), [2], "dead, stopped"),  # its heartbeat was deleted, or could not be read
         ([beat(), beat(name="broadcast")], set(), [], "different collectives"),
         ([beat(), beat(size=16)], set(), [], "different sizes"),
         ([beat(), beat()], set(), [], "the network"),
@@ -288,12 +371,12 @@ def test_who_holds_the_others_up(tmp_path, beats, still, named, why):
     beats = dict(enumerate(beats))
     found, said = suspects(beats, still)
     assert found == named and why in said
-    text = verdict(beats, still, 0, 30, tmp_path)
+    text = verdict(beats, still, 30, tmp_path)
     assert all(f"rank {rank}" in text for rank in named) and "exit code 86" in text
 
 
 def test_many_ranks_are_few_lines(tmp_path):
     beats = {rank: beat() for rank in range(512)} | {7: beat(4, False), 9: beat(4, False), 10: beat(4, False)}
-    text = verdict(beats, set(), 0, 30, tmp_path)
+    text = verdict(beats, set(), 30, tmp_path)
     assert "ranks 7, 9-10 hold the others up" in text and "ranks 0-6, 8, 11-511: step 3, step, waits in collective 5" in text
     assert len(text.splitlines()) == 7

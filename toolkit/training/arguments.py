@@ -43,8 +43,8 @@ class LaunchArguments:
     def __post_init__(self):
         for name in AT_LEAST_ONE | NOT_NEGATIVE:
             value, least = getattr(self, name, None), int(name in AT_LEAST_ONE)
-            if value is not None and not value >= least:  # nor NaN
-                raise UserError(f"--{name} must be at least {least}, not {value}")
+            if value is not None and not least <= value < math.inf:  # nor NaN
+                raise UserError(f"--{name} must be {'finite' if value == math.inf else f'at least {least}'}, not {value}")
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,6 @@ from toolkit.training import collectives
 from toolkit.training.collectives import LAST
 
 FOLDER = "heartbeats"
-ENDED = "ended"  # the phase of a rank that is through
 LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"], collectives.__file__)
 
 
@@ -37,7 +36,7 @@ NOW = Progress()
 
 def mark(phase: str | None = None) -> None:
     """The main thread moves: from here on it is in this phase (None: in the same). Phases: start, data, forward/backward, step, validation, checkpoint,
-    export."""
+    export, end."""
     NOW.marks += 1
     if phase:
         NOW.phase = phase
@@ -66,7 +65,7 @@ def beat(rank: int, quiet: float, hang: str = "") -> dict:
     name, number, size, inside, since = LAST.name, LAST.number, LAST.bytes, LAST.inside, LAST.since
     collective = {"name": name, "number": number, "bytes": size, "inside": inside, "seconds": round(time.perf_counter() - since, 1)} if number else None
     return {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "started": started(os.getpid()), "step": NOW.step, "phase": NOW.phase,
-            "progress": moved(), "quiet_seconds": round(quiet, 1), "collective": collective, "at": _place(), "hang": hang,
+            "armed": NOW.armed, "progress": moved(), "quiet_seconds": round(quiet, 1), "collective": collective, "at": _place(), "hang": hang,
             "time": round(time.time(), 3)}  # fmt: skip
 
 
@@ -88,15 +87,17 @@ def read(folder: Path, rank: int) -> dict | None:
 
 def trim(folder: Path, world: int) -> None:
     """Delete the heartbeats of ranks from `world` on: a run on more ranks left them behind."""
-    for path in (folder / FOLDER).glob("rank-*.json"):
-        if path.stem[5:].isdigit() and int(path.stem[5:]) >= world:
+    for path in (folder / FOLDER).glob("*rank-*.json*"):
+        number = path.name.split(".json")[0].rpartition("-")[2]  # rank-7.json, and .rank-7.json.partial of a rank that was killed as it wrote
+        if number.isdigit() and int(number) >= world:
             path.unlink(missing_ok=True)
 
 
-def clear(folder: Path) -> None:
-    """Delete all heartbeats."""
-    trim(folder, 0)
-    with contextlib.suppress(OSError):  # another rank writes that it has ended
+def remove(folder: Path, rank: int) -> None:
+    """Delete the heartbeat of a rank, and the folder with the last one."""
+    with contextlib.suppress(OSError):  # the folder holds others
+        for path in (folder / FOLDER / f"rank-{rank}.json", folder / FOLDER / f".rank-{rank}.json.partial"):
+            path.unlink(missing_ok=True)
         (folder / FOLDER).rmdir()
 
 

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from toolkit.training.heartbeat import ENDED, process_state
+from toolkit.training.heartbeat import process_state
 
 
-def verdict(beats: dict[int, dict | None], still: set[int], own: int, timeout: float, stacks: Path) -> str:
+def verdict(beats: dict[int, dict | None], still: set[int], timeout: float, stacks: Path) -> str:
     """What the watchdog prints.
 
-    beats: the newest heartbeat of each rank (None: there is none). still: the ranks whose heartbeats stand still. own: the rank that says it, whose host's
-    processes can be looked at.
+    beats: the newest heartbeat of each rank (None: there is none). still: the ranks whose heartbeats stand still; processes of this host are looked at.
     """
     named, why = suspects(beats, still)
     others = [rank for rank in beats if rank not in named]
@@ -35,12 +34,11 @@ def suspects(beats: dict[int, dict | None], still: set[int]) -> tuple[list[int],
     failed = [rank for rank, beat in beats.items() if beat and beat["phase"].startswith("failed")]
     if failed:
         return _blame(failed, "ended with an error")
-    running = {rank: beat for rank, beat in beats.items() if _runs(beat)}
-    if standing := [rank for rank in running if rank in still]:
+    if standing := [rank for rank, beat in beats.items() if rank in still or not beat]:
         return _blame(standing, "is dead, stopped or stuck outside of Python")
-    if len(running) == 1:
-        return list(running), f"rank {next(iter(running))} is the only one that runs"
-    last = {rank: beat["collective"] or {"name": "none", "number": 0, "bytes": 0, "inside": False} for rank, beat in running.items()}
+    if len(beats) == 1:
+        return list(beats), f"rank {next(iter(beats))} is the only one"
+    last = {rank: beat["collective"] or {"name": "none", "number": 0, "bytes": 0, "inside": False} for rank, beat in beats.items()}
     newest = max(one["number"] for one in last.values())
     behind = [rank for rank, one in last.items() if one["number"] < newest]
     if behind:
@@ -60,10 +58,6 @@ def _blame(ranks: list[int], what: str) -> tuple[list[int], str]:
     return ranks, f"{'rank' if one else 'ranks'} {_ranges(ranks)} {'holds' if one else 'hold'} the others up: {'it' if one else 'each'} {what}"
 
 
-def _runs(beat: dict | None) -> bool:
-    return not (beat and (beat["phase"] == ENDED or beat["phase"].startswith("failed")))
-
-
 def _why_still(beat: dict) -> str:
     state = process_state(beat)
     if state is None:
@@ -78,7 +72,7 @@ def _why_still(beat: dict) -> str:
 def _where(beat: dict | None, still: bool) -> str:
     if beat is None:
         return ": there is no heartbeat of it (do all nodes share the run folder?)"
-    why = f"{_why_still(beat)}; last heard of in " if still and _runs(beat) else ""
+    why = f"{_why_still(beat)}; last heard of in " if still and not beat["phase"].startswith("failed") else ""
     return f" on {beat['host']} (pid {beat['pid']}): {why}{_doing(beat)}, at {beat['at']}"
 
 
