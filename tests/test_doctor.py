@@ -146,7 +146,7 @@ def test_every_fault_is_named_with_its_mend(made, tmp_path):
         "shards": (ERROR, f"{damaged}/index.json is damaged", "copy it again"),
         "tokenizer": (ERROR, f"{made / 'shards'} holds ids of ECG tokenizer", "python -m sharding.shard --tokenizer"),
         "model": (ERROR, "neither an adapter nor a model", "--output_dir of launchers/pretrain.py"),
-        "ds_config": (ERROR, "'gradient_cliping' is unknown", "did you mean 'gradient_clipping'?"),
+        "ds_config": (ERROR, "'gradient_cliping' is unknown to the trainers, did you mean 'gradient_clipping'?", "correct what it names"),
         "run folder": (ERROR, f"a run is training in {run}", f"touch {run / 'STOP'}"),
     }
     for check, (status, text, mend) in wanted.items():
@@ -159,9 +159,14 @@ def test_every_fault_is_named_with_its_mend(made, tmp_path):
 
 
 def test_mistakes_in_arguments_exit_with_2():
-    for words in (["--sards", "S"], ["--timeout", "0"]):
+    for words in (["--sards", "S"], ["--timeout", "0"], ["--timeout", "inf"], ["--timeout", "nan"]):
         done = subprocess.run([sys.executable, "-m", "toolkit.doctor", *words], cwd=ROOT, capture_output=True, text=True, timeout=100)
         assert done.returncode == 2 and not done.stdout and "Traceback" not in done.stderr and words[0] in done.stderr
+
+
+def test_half_a_place_is_a_mistake_and_said_in_one_line():
+    code, report, said = doctor(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0)
+    assert code == 2 and not report and "error: WORLD_SIZE is 2 and MASTER_ADDR and MASTER_PORT not set" in said and "Traceback" not in said
 
 
 def test_a_rank_that_does_not_answer_is_named(tmp_path):

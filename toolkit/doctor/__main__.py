@@ -3,7 +3,7 @@
 python -m toolkit.doctor                                                                   # this machine
 python -m toolkit.doctor --shards S --deepspeed ds_configs/zero2.json --output_dir P       # and what a run will be given
 deepspeed --num_gpus 2 --module toolkit.doctor --output_dir P                              # and between all ranks: clocks, all-reduce, pairs
-srun --ntasks-per-node 8 python -m toolkit.doctor --output_dir P --json                    # the same under SLURM
+srun --ntasks-per-node 8 --cpus-per-task N --kill-on-bad-exit=1 python -m toolkit.doctor --output_dir P --json   # the same under SLURM, N cores a rank
 
 --json prints one object on one line; under the deepspeed launcher, which writes lines of its own, it is the one that begins with {.
 """
@@ -11,10 +11,11 @@ srun --ntasks-per-node 8 python -m toolkit.doctor --output_dir P --json         
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 
-from toolkit.doctor.finding import ERROR, checked, error, report_of, table
+from toolkit.doctor.finding import checked, error, report_of, table
 from toolkit.doctor.software import check_versions
 from toolkit.errors import UserError, exit_2_on_user_error, first_line
 
@@ -32,25 +33,28 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one object instead of the table")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of the deepspeed launcher
     args = parser.parse_args()
-    if not args.timeout > 0:
-        raise UserError(f"--timeout must be above 0, not {args.timeout:g}")
+    if not 0 < args.timeout < math.inf:
+        raise UserError(f"--timeout must be a number of seconds above 0, not {args.timeout:g}")
     return args
 
 
 @exit_2_on_user_error
 def main() -> None:
-    args = parse()
+    args, out = parse(), sys.stdout
+
+    def show(report: dict) -> None:
+        print(json.dumps(report) if args.json else table(report), file=out, flush=True)
+
     with contextlib.redirect_stdout(sys.stderr):  # what libraries say is no part of the report
         try:
             from toolkit.doctor.examination import examine
         except ImportError as problem:  # a broken installation is what the doctor may be asked about
             broken = error("versions", f"{problem.name or 'a package'} does not import: {first_line(problem)}", "pip install -r requirements.lock")
-            report = report_of({0: [*checked("versions", check_versions), broken]}, {os.uname().nodename: [0]}, {"all else": "needs what does not import"}, {})
+            show(report_of({0: [*checked("versions", check_versions), broken]}, {os.uname().nodename: [0]}, {"all else": "needs what does not import"}, {}))
+            failed = True
         else:
-            report = examine(args)
-    print(json.dumps(report) if args.json else table(report))
-    sys.stdout.flush()
-    os._exit(report["status"] == ERROR)  # not sys.exit: a thread may be in a collective that never ends
+            failed = examine(args, show)
+    os._exit(failed)  # not sys.exit: a thread may be in a collective that never ends
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from toolkit.doctor.finding import Finding, error, ok, warning
 
@@ -62,7 +63,7 @@ def check_disk(name: str, path: str | Path, how_else: str) -> Iterator[Finding]:
             which = "of this user's quota" if problem.errno == errno.EDQUOT else f"{_size(free)} and {inodes:,} files are free,"
             yield error("disk", f"{said} is full: {which} a file could not be written", elsewhere)
         else:
-            yield error("disk", f"{said} cannot be written ({problem.strerror})", f"chmod u+rwx {folder}, or name another folder: {how_else}")
+            yield error("disk", f"{said} cannot be written ({problem.strerror})", f"chmod u+rwx {quote(str(folder))}, or name another folder: {how_else}")
         return
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

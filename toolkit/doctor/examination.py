@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,15 +12,22 @@ from deepspeed.accelerator import get_accelerator
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from toolkit.doctor import disk, files, machine, ranks, software
-from toolkit.doctor.finding import ERROR, Finding, checked, error, report_of, spans
-from toolkit.errors import first_line
+from toolkit.doctor.finding import ERROR, Finding, checked, error, report_of
+from toolkit.errors import UserError, first_line
+from toolkit.spans import spans
 from toolkit.training.distributed import take_place
 
 
-def examine(args: argparse.Namespace) -> dict | None:
-    """The report on rank 0 (for its form see `report_of`), None on the others, which wait for it."""
+def examine(args: argparse.Namespace, show: Callable[[dict], None]) -> bool:
+    """Whether an error was found. Rank 0 shows the report (for its form see `report_of`); the others wait for it, and end the process.
+
+    Raises UserError where the variables of a rank are there in part.
+    """
     take_place()
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1 and (missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]):
+        mend = "start it by deepspeed --module toolkit.doctor or srun, or unset RANK and WORLD_SIZE to look at this machine alone"
+        raise UserError(f"WORLD_SIZE is {world} and {' and '.join(missing)} not set; {mend}")
     local_world = int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", world)))
     findings = checked("versions", software.check_versions) + checked("accelerator", machine.check_accelerator, local)
     if local == 0:
@@ -27,8 +35,11 @@ def examine(args: argparse.Namespace) -> dict | None:
     skipped = {name: f"no {flag}" for name, flag, given in _asked(args) if not given}
     if world == 1:
         skipped["clocks, all-reduce, pairs"] = "one rank; deepspeed --num_gpus 2 --module toolkit.doctor, or srun, looks at them"
-        return report_of({0: findings}, {os.uname().nodename: [0]}, skipped, {})
-    return together(args, rank, world, local, findings, skipped)
+        report = report_of({0: findings}, {os.uname().nodename: [0]}, skipped, {})
+        show(report)
+    else:
+        report = together(args, show, rank, world, local, findings, skipped)
+    return report["status"] == ERROR
 
 
 def _asked(args: argparse.Namespace) -> list[tuple]:
@@ -62,23 +73,29 @@ def of_node(args: argparse.Namespace, rank: int, world: int, local_world: int) -
     return [finding for look in looks for finding in checked(*look)]
 
 
-def together(args: argparse.Namespace, rank: int, world: int, local: int, findings: list[Finding], skipped: dict[str, str]) -> dict | None:
-    """The findings of all ranks, and of what is between them. Whoever does not answer is named."""
+def together(
+    args: argparse.Namespace, show: Callable[[dict], None], rank: int, world: int, local: int, findings: list[Finding], skipped: dict[str, str]
+) -> dict:
+    """The findings of all ranks, and of what is between them, shown and returned. Whoever does not answer is named."""
     here, why_not = {os.uname().nodename: [rank]}, {"clocks, all-reduce, pairs": "the ranks did not all answer"}
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     if rank == 0 and any(finding.check in ("ports", "names") and finding.status == ERROR for finding in findings):
-        return report_of({0: findings}, here, skipped | why_not, {}, world)
+        report = report_of({0: findings}, here, skipped | why_not, {}, world)
+        show(report)
+        return report
     try:
         store = ranks.open_store(rank, world, args.timeout)
         ranks.tell(store, f"local/{rank}", {"facts": ranks.facts(local, software.versions()), "findings": [asdict(finding) for finding in findings]})
         if rank:
-            return _follow(store, rank, world, args)
+            _follow(store, rank, world, args)
     except RuntimeError as problem:
         if rank:
             print(f"error: rank {rank} on {os.uname().nodename}: rank 0 at {address} is gone or does not answer ({first_line(problem)})", file=sys.stderr)
             os._exit(1)
         failed = error("ranks", f"rank 0 cannot open its store at {address} ({first_line(problem)})", "--master_addr must be an address of rank 0's node")
-        return report_of({0: [*findings, failed]}, here, skipped | why_not, {}, world)
+        report = report_of({0: [*findings, failed]}, here, skipped | why_not, {}, world)
+        show(report)
+        return report
     missing = ranks.silent(store, "local", world, args.timeout)
     said = {other: ranks.told(store, f"local/{other}") for other in range(world) if other not in missing}
     facts, by_rank = {other: one["facts"] for other, one in said.items()}, {other: [Finding(**f) for f in one["findings"]] for other, one in said.items()}
@@ -95,6 +112,7 @@ def together(args: argparse.Namespace, rank: int, world: int, local: int, findin
         measured, skipped = result["measured"], skipped | result["not_checked"]
     by_rank = {other: found + between for other, found in by_rank.items()}
     report = report_of(by_rank, hosts, skipped, measured, world)
+    show(report)  # before any rank ends: srun --kill-on-bad-exit and the deepspeed launcher then end all others
     ranks.tell(store, "code", int(report["status"] == ERROR))
     ranks.tell(store, "read/0", True)
     ranks.silent(store, "read", world, 0 if missing else 5)
@@ -102,7 +120,7 @@ def together(args: argparse.Namespace, rank: int, world: int, local: int, findin
 
 
 def _follow(store, rank: int, world: int, args: argparse.Namespace) -> None:
-    """What the ranks beside rank 0 do; they end with its exit code."""
+    """What the ranks beside rank 0 do. Does not return: they end with its exit code."""
     go = ranks.told(store, "go", 2 * args.timeout)
     if go["measure"]:
         ranks.measure(store, rank, world, args.timeout, go["hosts"], _folder(args))

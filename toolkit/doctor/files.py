@@ -1,11 +1,12 @@
 """What the trainers will be given: shards, tokenizer, model, DeepSpeed configuration, run folder. No patient, record or path of one is ever said."""
 
+import contextlib
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from types import SimpleNamespace
-
-from filelock import FileLock, Timeout
 
 from toolkit.doctor.finding import Finding, error, of_user_error, ok, warning
 from toolkit.errors import UserError
@@ -39,7 +40,7 @@ def check_shards(folders: list[str]) -> Iterator[Finding]:
         if missing := [split for split in ("train", "valid") if split not in opened]:
             yield warning("shards", f"{said}; no samples in {' and '.join(missing)}, which the trainers need", "make them from more records")
         else:
-            yield ok("shards", f"{said}; their sha256: python -m sharding.verify shards {folder}")
+            yield ok("shards", f"{said}; their sha256: python -m sharding.verify shards {quote(folder)}")
 
 
 def check_tokenizer(folders: list[str], tokenizer: str | None) -> Iterator[Finding]:
@@ -60,7 +61,7 @@ def check_tokenizer(folders: list[str], tokenizer: str | None) -> Iterator[Findi
         if fingerprint != own.fingerprint():
             yield error(
                 "tokenizer", f"{folder} holds ids of ECG tokenizer {fingerprint}, --tokenizer {tokenizer} is {own.fingerprint()}",
-                f"name that one, or make the shards anew: python -m sharding.shard --tokenizer {tokenizer} --overwrite",
+                f"name that one, or make the shards anew: python -m sharding.shard --tokenizer {quote(tokenizer)} --overwrite",
             )  # fmt: skip
     if all(fingerprint == own.fingerprint() for fingerprint in known.values()):
         which = "made the ids of all --shards" if known else "loads"
@@ -116,6 +117,7 @@ def check_ds_config(path: str, world: int) -> Iterator[Finding]:
 def check_run_folder(path: str) -> Iterator[Finding]:
     """A request to stop that was left, the newest checkpoint, other runs in the folder."""
     folder = Path(path)
+    request = quote(str(folder / stop.FILE))
     if not folder.is_dir():
         yield ok("run folder", f"{path} is not there yet: a new run")
         return
@@ -123,21 +125,18 @@ def check_run_folder(path: str) -> Iterator[Finding]:
         yield error("run folder", f"--output_dir {path} holds shards", "name a new folder")
     if (folder / stop.FILE).exists():
         yield warning(
-            "run folder", f"{path} has a file {stop.FILE}: a run would save and end with exit code {stop.REQUEUE} at once", f"rm {folder / stop.FILE}"
+            "run folder", f"{path} has a file {stop.FILE}: a run would save and end with exit code {stop.REQUEUE} at once", f"rm {request}"
         )
-    if (folder / ".lock").exists():
-        try:
-            with FileLock(folder / ".lock", timeout=0):
-                pass
-        except Timeout:
-            yield error("run folder", f"a run is training in {path}", f"wait, stop it with: touch {folder / stop.FILE}, or name another folder")
-    if hangs := sorted(file.name for file in folder.glob("hang/rank-*.txt")):
-        yield warning(
-            "run folder", f"a run in {path} hung: {len(hangs)} ranks left their stacks", f"read {folder / 'hang' / hangs[0]} before it is started again"
-        )
+    if _is_locked(folder / ".lock"):
+        yield error("run folder", f"a run is training in {path}", f"wait, stop it with: touch {request}, or name another folder")
     if (folder / RESULTS).is_file():
         yield ok("run folder", f"{path} holds a complete run")
         return
+    if hangs := sorted(file.name for file in folder.glob("hang/rank-*.txt")):
+        yield warning(
+            "run folder", f"a run in {path} hung: {len(hangs)} ranks left their stacks",
+            f"read {folder / 'hang'} (verdict.txt names the rank that held the others up), mend that, then: rm -r {quote(str(folder / 'hang'))}",
+        )  # fmt: skip
     whole, broken = [], []
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda place: (len(place.name), place.name)):
         (whole if _is_whole(checkpoint) else broken).append(checkpoint.name)
@@ -152,6 +151,16 @@ def check_run_folder(path: str) -> Iterator[Finding]:
         )
     else:
         yield ok("run folder", f"{path}: {len(whole)} whole checkpoints by their sizes, a run goes on from {pointer or whole[-1]}")
+
+
+def _is_locked(lock: Path) -> bool:
+    """Whether a run holds it. Tried as a shared lock: the first ranks of several nodes look at the same time, and would keep each other out."""
+    with contextlib.suppress(FileNotFoundError), open(lock, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from toolkit.errors import UserError, first_line
+from toolkit.spans import spans
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 ORDER = (
@@ -38,9 +39,9 @@ def error(check: str, text: str, mend: str) -> Finding:
 
 
 def of_user_error(check: str, problem: UserError) -> Finding:
-    """The toolkit's own errors are `what is wrong; the mend`."""
-    text, _, mend = str(problem).rpartition("; ")
-    return error(check, text or mend, mend)
+    """The toolkit's own errors are `what is wrong; the mend`; one without a semicolon has both in one."""
+    text, semicolon, mend = str(problem).rpartition("; ")
+    return error(check, text, mend) if semicolon else error(check, mend, "correct what it names")
 
 
 def checked(check: str, look: Callable[..., Iterable[Finding]], *given) -> list[Finding]:
@@ -87,14 +88,3 @@ def table(report: dict) -> str:
     lines += [f"not checked: {what} ({why})" for what, why in report["not_checked"].items()]
     count = Counter(finding["status"] for finding in findings)
     return "\n".join([*lines, f"{count[ERROR]} errors, {count[WARNING]} warnings"])
-
-
-def spans(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    found: list[list[int]] = []
-    for number in sorted(numbers):
-        if found and found[-1][1] == number - 1:
-            found[-1][1] = number
-        else:
-            found.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in found)

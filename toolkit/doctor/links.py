@@ -15,7 +15,7 @@ SIZES = {"cpu": (1 << 16, 1 << 20, 1 << 24), "gpu": (1 << 16, 1 << 20, 1 << 24, 
 SECONDS = 2.0  # a size is repeated for about so long, at most REPEATS times
 REPEATS, TRIPS = 20, 20
 TOO_LONG = 10.0  # s that one all-reduce of the next size may take
-ALL_PAIRS = 16  # ranks up to which every pair is looked at: 120 pairs, one after another; beyond them each rank and the next
+ALL_PAIRS = 16  # ranks up to which every pair is looked at: 120 pairs, one after another; beyond them each rank and the next, in a ring
 SLOW = 4  # times slower than the others of its kind
 
 
@@ -97,20 +97,36 @@ def _seconds(ranks: Ranks, tensor: torch.Tensor, repeats: int) -> float:
     return (time.perf_counter() - started) / repeats
 
 
-def pairs(ranks: Ranks) -> list[dict]:
+def pairs(ranks: Ranks, seconds: float) -> list[dict]:
     """[{"ranks": [a, b], "latency_s", "gb_s"}] of the pairs whose first rank this is: half of the quickest round trip of 4 bytes, and the rate of the quickest
-    of some MB to and fro. One pair after another, the others wait.
+    of some MB to and fro. One pair after another, the others wait. seconds: for all of them; each has its share, and two trips of each size at least.
     """
-    every = itertools.combinations(range(ranks.world), 2) if ranks.world <= ALL_PAIRS else ((rank, rank + 1) for rank in range(ranks.world - 1))
-    size, found = 1 << (22 if ranks.device.type == "cpu" else 24), []
+    every, found = pairs_of(ranks.world), []
+    size, share = 1 << (22 if ranks.device.type == "cpu" else 24), seconds / len(every) / 2
     small, large = (torch.zeros(n // 4, device=ranks.device) for n in (4, size))
     for a, b in every:
         if ranks.rank in (a, b):
-            ping, bulk = (min(_round_trip(ranks, tensor, a, b) for _ in range(n)) for tensor, n in ((small, TRIPS), (large, 4)))
+            ping, bulk = (_quickest(ranks, tensor, a, b, n, share) for tensor, n in ((small, TRIPS), (large, 4)))
             if ranks.rank == a:
                 found.append({"ranks": [a, b], "latency_s": ping / 2, "gb_s": 2 * size / bulk / 1e9})
         dist.barrier()
     return found
+
+
+def pairs_of(world: int) -> list[tuple[int, int]]:
+    """The pairs that are looked at. In a ring each rank is in two of them, which tells a slow rank from a slow way."""
+    return list(itertools.combinations(range(world), 2)) if world <= ALL_PAIRS else [(rank, (rank + 1) % world) for rank in range(world)]
+
+
+def _quickest(ranks: Ranks, tensor: torch.Tensor, a: int, b: int, most: int, share: float) -> float:
+    """Seconds of the quickest of two to `most` round trips; a ends them when its share of the time is over, and says so in the message."""
+    times: list[float] = []
+    tensor[0] = 0.0
+    while not tensor[0]:
+        if ranks.rank == a:
+            tensor[0] = float(len(times) + 1 == most or (len(times) > 0 and sum(times) + times[-1] > share))
+        times.append(_round_trip(ranks, tensor, a, b))
+    return min(times)
 
 
 def _round_trip(ranks: Ranks, tensor: torch.Tensor, a: int, b: int) -> float:
@@ -129,8 +145,8 @@ def _round_trip(ranks: Ranks, tensor: torch.Tensor, a: int, b: int) -> float:
 def said_of_pairs(measured: list[dict], hosts: dict[str, list[int]]) -> Iterator[Finding]:
     """Names ranks and pairs that are SLOW times slower than others of their kind (within a node, between nodes).
 
-    A rank is slow if even its quickest pair is, against the median of the ranks' quickest ones; a pair against the median of pairs without slow ranks. So two
-    GPUs with a link of their own do not make all the others look slow.
+    A rank is slow if it is in more than one pair and even the quickest of them is slow, against the median of the ranks' quickest ones; a pair against the
+    median of pairs without slow ranks. So two GPUs with a link of their own do not make all the others look slow.
     """
     host_of = {rank: host for host, members in hosts.items() for rank in members}
     bad = False
@@ -140,7 +156,7 @@ def said_of_pairs(measured: list[dict], hosts: dict[str, list[int]]) -> Iterator
             continue
         best = {rank: max(rate for pair, rate in rates.items() if rank in pair) for rank in sorted({rank for pair in rates for rank in pair})}
         usual = statistics.median(best.values())
-        slow = [rank for rank, rate in best.items() if rate < usual / SLOW]
+        slow = [rank for rank, rate in best.items() if rate < usual / SLOW and sum(rank in pair for pair in rates) > 1]
         for rank in slow:
             bad = True
             yield warning(

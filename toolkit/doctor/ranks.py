@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from toolkit.doctor.finding import Finding, error, ok, spans, warning
+from toolkit.doctor.finding import Finding, error, ok, warning
 from toolkit.doctor.links import all_reduce, clocks, pairs, said_of_pairs
 from toolkit.doctor.shared_folder import hold, look, said_of_folder
 from toolkit.errors import first_line
+from toolkit.spans import spans
 from toolkit.training.distributed import Ranks, start
 
 SKEW, REFUSED = 1.0, 300.0  # s: heartbeats and logs of nodes no longer compare; munge, and with it SLURM, refuses credentials (TTL 300 s)
@@ -161,7 +162,7 @@ def _measured(store: dist.TCPStore, rank: int, world: int, timeout: float, hosts
     at[0] = "all-reduce"
     reduced = all_reduce(ranks)
     at[0] = "pairs"
-    tell(store, f"pairs/{rank}", pairs(ranks))
+    tell(store, f"pairs/{rank}", pairs(ranks, timeout / 4))
     at[0] = DONE
     if rank:
         return {}

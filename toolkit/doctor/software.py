@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 from packaging.requirements import Requirement
 
@@ -72,16 +73,21 @@ def check_ops() -> Iterator[Finding]:
         holders = _holders(lock)
         if holders:
             yield warning("compiled ops", f"{op} is being built by process {holders[0]}", "wait until it is built")
+        elif silent > STALE and file_system(op) in NETWORK:
+            yield warning(
+                "compiled ops", f"{lock} is {silent / 60:.0f} minutes old, on a network file system: the process that has it may live on another node",
+                f"pgrep -u $USER -fl ninja on the nodes that use it; where none builds: rm -r {quote(str(op))}",
+            )  # fmt: skip
         elif silent > STALE:
             yield error(
                 "compiled ops", f"{lock} was left by a killed build, {silent / 60:.0f} minutes ago: the next run that needs the op waits for ever",
-                f"rm -r {op}",
+                f"rm -r {quote(str(op))}",
             )  # fmt: skip
         else:
             yield warning(
                 "compiled ops",
                 f"{lock} is {silent:.0f} s old and held by no process of this machine",
-                f"wait {STALE // 60} minutes; if it is still there: rm -r {op}",
+                f"wait {STALE // 60} minutes; if it is still there: rm -r {quote(str(op))}",
             )
     if not locks:
         built = sorted({path.parent.name for path in root.rglob("*.so")}) if root.is_dir() else []
@@ -125,11 +131,12 @@ def check_caches() -> Iterator[Finding]:
     inductor = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}")
     bad = False
     for path, variable in ((triton, "TRITON_CACHE_DIR"), (inductor, "TORCHINDUCTOR_CACHE_DIR")):
+        mend = f"export {variable}={quote(f'/tmp/{path.name}')}"
         if reason := refuses_writing(path):
             bad = True
-            yield error("caches", f"{path} cannot be written ({reason})", f"export {variable}=/tmp/{path.name}")
+            yield error("caches", f"{path} cannot be written ({reason})", mend)
         elif (kind := file_system(path)) in NETWORK:
             bad = True
-            yield warning("caches", f"{path} is on a network file system ({kind}), slow for many ranks at once", f"export {variable}=/tmp/{path.name}")
+            yield warning("caches", f"{path} is on a network file system ({kind}), slow for many ranks at once", mend)
     if not bad:
         yield ok("caches", f"{triton} and {inductor} can be written")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from toolkit.spans import spans
 from toolkit.training.heartbeat import process_state
 
 
@@ -16,14 +17,14 @@ def verdict(beats: dict[int, dict | None], still: set[int], timeout: float, stac
     for rank in named[:8]:
         lines.append(f"  rank {rank}{_where(beats[rank], rank in still)}")
     if len(named) > 8:
-        lines.append(f"  and ranks {_ranges(named[8:])}")
+        lines.append(f"  and ranks {spans(named[8:])}")
     doing: dict[str, list[int]] = {}
     for rank in others:
         doing.setdefault(_doing(beats[rank]), []).append(rank)
     for what, group in sorted(doing.items(), key=lambda item: item[1])[:8]:
-        lines.append(f"  {'rank' if len(group) == 1 else 'ranks'} {_ranges(group)}: {what}")
+        lines.append(f"  {'rank' if len(group) == 1 else 'ranks'} {spans(group)}: {what}")
     without = sorted(still)
-    missing = f"; none of {'rank' if len(without) == 1 else 'ranks'} {_ranges(without)}, which cannot write them any more" if without else ""
+    missing = f"; none of {'rank' if len(without) == 1 else 'ranks'} {spans(without)}, which cannot write them any more" if without else ""
     lines.append(f"  stacks of all threads: {stacks}/rank-N.txt{missing}")
     lines.append("The run ends with exit code 86; its newest checkpoint is as it was, and the same command goes on from there.")
     return "\n".join(lines)
@@ -55,7 +56,7 @@ def suspects(beats: dict[int, dict | None], still: set[int]) -> tuple[list[int],
 
 def _blame(ranks: list[int], what: str) -> tuple[list[int], str]:
     one = len(ranks) == 1
-    return ranks, f"{'rank' if one else 'ranks'} {_ranges(ranks)} {'holds' if one else 'hold'} the others up: {'it' if one else 'each'} {what}"
+    return ranks, f"{'rank' if one else 'ranks'} {spans(ranks)} {'holds' if one else 'hold'} the others up: {'it' if one else 'each'} {what}"
 
 
 def _why_still(beat: dict) -> str:
@@ -84,14 +85,3 @@ def _doing(beat: dict | None) -> str:
         return f"{phase}, no collective yet"
     what = f"collective {last['number']}, {last['name']}" + (f" of {last['bytes']:,} bytes" if last["bytes"] else "")
     return f"{phase}, {'waits in' if last['inside'] else 'last'} {what}"
-
-
-def _ranges(ranks: list[int]) -> str:
-    """0-2, 5"""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][1] == rank - 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return ", ".join(f"{first}-{last}" if first != last else str(first) for first, last in parts)
