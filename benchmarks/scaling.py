@@ -17,6 +17,7 @@ import contextlib
 import inspect
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -196,7 +197,15 @@ def fork(args: plan.PlanArguments, world: int, ecgs_per_row: int, steps: int, wo
                     traceback.print_exc()
                 sys.stderr.flush()
             os._exit(code)
-    if any(os.waitpid(pid, 0)[1] for pid in pids):
+    left, failed = set(pids), False
+    while left:
+        pid, status = os.wait()
+        if pid in left and status and not failed:
+            failed = True
+            for other in left - {pid}:  # they may wait for it in a collective
+                os.kill(other, signal.SIGKILL)
+        left.discard(pid)
+    if failed:
         sys.exit("a rank failed:\n" + "\n".join((work / f"{number}.log").read_text()[-2000:] for number in range(world)))
     return [json.loads((work / f"{number}.json").read_text()) for number in range(world)]
 
@@ -213,18 +222,21 @@ def main() -> None:
     argv = [*(() if "--backbone" in argv else ("--backbone", "tiny")), *(() if "--seq_len" in argv else ("--seq_len", "1650")), *argv]
     print(f"{machine()}; {' '.join(argv)}\n")
     print("precision  ZeRO  micro-batches  ranks     MB planned  measured  ratio   MB of collectives planned  counted   tokens/s  of 1 rank  communication")
-    results, first = [], {}
+    results, alone = [], {}
     for precision, stage, accumulation in ((p, s, a) for p in args.precision for s in args.stages for a in args.accumulation):
         if (precision, stage) == ("bf16", 0) and accumulation > 1:
             continue  # refused by the trainers
-        for world in args.worlds:
+        for world in sorted(args.worlds):
             r = measure(world, stage, precision, accumulation, SMALL, args.steps, argv)
             results.append(r)
             planned, counted = (f"{sum(r[what].values()) / 1e6:,.1f}" if world > 1 else "-" for what in ("planned_bytes", "counted_bytes"))
             speed = ""
             if args.steps:
-                one = first.setdefault((precision, stage, accumulation), r["tokens_per_s"])
-                speed = f"{r['tokens_per_s']:>11,.0f}{r['tokens_per_s'] / one:>11.2f}{100 * r['communication']:>13.0f} %"
+                if world == 1:
+                    alone[precision, stage, accumulation] = r["tokens_per_s"]
+                one = alone.get((precision, stage, accumulation))
+                times = f"{r['tokens_per_s'] / one:.2f}" if one else "-"
+                speed = f"{r['tokens_per_s']:>11,.0f}{times:>11}{100 * r['communication']:>13.0f} %"
             memory = f"{r['planned'] / 1e6:>14,.1f}{r['measured'] / 1e6:>10,.1f}{r['planned'] / r['measured']:>7.2f}"
             print(f"{precision:<11}{stage:<6}{accumulation:<15}{world:<6}{memory}{planned:>28}{counted:>9}{speed}", flush=True)
     if args.json:

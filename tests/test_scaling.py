@@ -66,10 +66,34 @@ def test_a_ring_by_hand():
     assert twelve.inter == pytest.approx(11e9 * 2 / 12)
 
 
-def test_efficiency_is_bounded_by_all_and_nothing_hidden():
-    assert scaling.efficiency(3, 1) == (0.75, 1)
-    assert scaling.efficiency(1, 4) == (0.2, 0.25)
-    assert scaling.efficiency(1, 0) == (1, 1)
+def test_efficiency_is_bounded_by_nothing_hidden_and_by_what_can_be():
+    assert scaling.efficiency(3, 1, 1) == (0.75, 1)
+    assert scaling.efficiency(3, 1, 0) == (0.75, 0.75)
+    assert scaling.efficiency(1, 4, 4) == (0.2, 0.25)
+    assert scaling.efficiency(2, 3, 2) == (0.4, 2 / 3)
+    assert scaling.efficiency(1, 0, 0) == (1, 1)
+
+
+def test_what_deepspeed_waits_for_is_hidden_behind_nothing():
+    reduced, scattered = {"all-reduce": 1, "all-gather": 1}, {"reduce-scatter": 1, "all-gather": 1}
+    assert scaling.hideable({"stage": 0, "overlap_comm": True}, {"all-reduce": 1}) == {}
+    assert scaling.hideable({"stage": 1}, reduced) == scaling.hideable({"stage": 2, "overlap_comm": False}, reduced) == {}
+    assert scaling.hideable({"stage": 2, "overlap_comm": True}, reduced) == {"all-reduce": 1}
+    assert scaling.hideable({"stage": 3}, scattered) == scattered
+    assert scaling.hideable({"stage": 3, "overlap_comm": False}, scattered) == {"all-gather": 1}
+    found = scaled(*LLAMA)["presets"]
+    at_64 = {name: next(row for row in found[name]["worlds"] if row["world"] == 64) for name in ("zero0", "zero1", "zero2", "zero3")}
+    assert [at_64[name]["efficiency_at_best"] > at_64[name]["efficiency_in_turn"] for name in at_64] == [False, False, True, True]
+    assert at_64["zero2"]["efficiency_at_best"] < 1 == at_64["zero3"]["efficiency_at_best"]
+
+
+def test_a_batch_that_is_fixed_does_not_scale(tmp_path, capsys):
+    config = json.loads((ROOT / "ds_configs/zero2.json").read_text()) | {"train_batch_size": 32}
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit) as caught:
+        plan.main([*LLAMA, "--scaling", "--deepspeed", str(tmp_path / "mine.json")])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "mine.json: train_batch_size is 32 on any number of GPUs, while --scaling" in said and 'write "auto"' in said
 
 
 def test_scaling_of_a_3b_model_by_hand():
@@ -86,7 +110,8 @@ def test_scaling_of_a_3b_model_by_hand():
     compute = plan.make_plan(parse(plan.PlanArguments, "", [*LLAMA, "--per_device_train_batch_size", "2", "--mfu", "0.5", "--world", "16"]))["step_seconds"]
     assert found["compute_seconds"] == pytest.approx(compute)
     assert row["efficiency_in_turn"] == pytest.approx(compute / (compute + row["seconds"]))
-    assert row["efficiency_hidden"] == pytest.approx(min(1, compute / row["seconds"]))
+    gathering = row["seconds"] / 3  # a ring carries an all-reduce twice; the updated weights are waited for
+    assert row["efficiency_at_best"] == pytest.approx(compute / (max(compute, 2 * gathering) + gathering))
 
 
 @pytest.mark.parametrize("backbone", ["meta-llama/Llama-3.2-3B", "meta-llama/Llama-3.1-8B"])
@@ -129,6 +154,25 @@ def measured():
     found = [json.loads(line[6:]) for line in run.stdout.splitlines() if line.startswith("found ")]
     assert len(found) == len(CASES), run.stderr[-3000:]
     return found
+
+
+FAILS = """
+import time, os
+from benchmarks import scaling
+def rank(*given):
+    if os.environ["RANK"] == "0":
+        time.sleep(10000)
+    raise ValueError("of rank 1")
+scaling.rank = rank
+scaling.measure(2, 1, "fp32", 1, {}, 0, ["--backbone", "tiny", "--seq_len", "1000"])
+"""
+
+
+@pytest.mark.launch
+def test_a_rank_that_fails_ends_the_measurement():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    assert run.returncode == 1 and "a rank failed" in run.stderr and "ValueError: of rank 1" in run.stderr
 
 
 @pytest.mark.launch

@@ -102,17 +102,21 @@ def make_scaling(args: PlanArguments) -> dict:
     m, links = measures(args), scaling.Links(args.gpus_per_node, args.intra_gbs, args.inter_gbs)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     compute = m.row_flops * rows / (m.peak * args.mfu)
+    if (fixed := ds_config.read(args.deepspeed).get("train_batch_size", "auto")) != "auto":
+        raise UserError(
+            f"--deepspeed: {args.deepspeed}: train_batch_size is {fixed} on any number of GPUs, while --scaling keeps the batch of each GPU; write \"auto\""
+        )
 
     def at(name: str, path: Path, world: int) -> dict:
         zero, state = resolved(args, path, m, world), preset(args, path, m, world)
         buffers = scaling.volumes(zero, m.uses, m.trained, args.gradient_accumulation_steps, m.size)
-        sent = scaling.cost(buffers, world, links)
-        in_turn, hidden = scaling.efficiency(compute, sent.seconds)
+        sent, hidden = (scaling.cost(moved, world, links) for moved in (buffers, scaling.hideable(zero, buffers)))
+        in_turn, at_best = scaling.efficiency(compute, sent.seconds, hidden.seconds)
         memory = {part: state[part] for part in ("weights", "gradients", "optimizer", "buffers", "host")}
         memory["gradients"] += state["transient"]
         memory |= {"activations": m.activations[args.gradient_checkpointing] + m.loss, "peak": state["peak"][args.gradient_checkpointing]}
         return {"world": world, "rows": rows * world, "ecgs": rows * world * m.per_row, "memory": memory, "collectives": buffers,
-                **dataclasses.asdict(sent), "efficiency_in_turn": in_turn, "efficiency_hidden": hidden}  # fmt: skip
+                **dataclasses.asdict(sent), "efficiency_in_turn": in_turn, "efficiency_at_best": at_best}  # fmt: skip
 
     found = {}
     for name, path in presets(args):

@@ -76,9 +76,20 @@ def cost(buffers: dict[str, float], world: int, links: Links) -> Cost:
     return Cost(sent * (1 - between), sent * between, seconds)
 
 
-def efficiency(compute: float, communication: float) -> tuple[float, float]:
-    """Share of a step's time that is computation: if nothing of the communication is hidden behind it, and if all is that can be."""
-    return compute / (compute + communication), compute / max(compute, communication)
+def hideable(zero: dict, buffers: dict[str, float]) -> dict[str, float]:
+    """Of `volumes` what DeepSpeed can send while it computes: at stage 3 all of it, without `overlap_comm` (there on by default) the weights that it fetches
+    ahead; at stages 1 and 2 the gradients, with `overlap_comm` alone. The updated weights of these are waited for, and so is all of stage 0.
+    """
+    overlap = zero.get("overlap_comm", zero["stage"] == 3)
+    kinds = {"all-gather"} if zero["stage"] == 3 else set()
+    if overlap and zero["stage"]:
+        kinds |= {"all-reduce", "reduce-scatter"}
+    return {kind: size for kind, size in buffers.items() if kind in kinds}
+
+
+def efficiency(compute: float, communication: float, hidden: float) -> tuple[float, float]:
+    """Share of a step's time that is computation: if none of the communication is hidden behind it, and at best. hidden: seconds of it that can be."""
+    return compute / (compute + communication), compute / (max(compute, hidden) + communication - hidden)
 
 
 def text(found: dict) -> str:
@@ -93,7 +104,7 @@ def text(found: dict) -> str:
         "",
         f"{'':6}{'global batch':>17}   {'GB of a rank':<53}   {'GB that it sends':<19}   {'seconds':<7}   efficiency",
         f"{'GPUs':>6}{'rows':>8}{'ECGs':>9}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'at most':>10}{'in node':>11}{'between':>9}"
-        f"{'to send':>11}{'in turn':>11}{'hidden':>9}",
+        f"{'to send':>11}{'in turn':>11}{'at best':>9}",
     ]  # fmt: skip
     for name, preset in found["presets"].items():
         if "refused" in preset:
@@ -107,12 +118,13 @@ def text(found: dict) -> str:
             lines.append(
                 f"{row['world']:>6}{row['rows']:>8,}{row['ecgs']:>9,}" + "".join(f"{gb(memory[part]):>{width}}" for part, width in widths.items())
                 + f"{full}{gb(row['intra']):>10}{gb(row['inter']):>9}{row['seconds']:>11.3f}"
-                f"{100 * row['efficiency_in_turn']:>9.0f} %{100 * row['efficiency_hidden']:>7.0f} %"
+                f"{100 * row['efficiency_in_turn']:>9.0f} %{100 * row['efficiency_at_best']:>7.0f} %"
             )  # fmt: skip
     lines += [
         "",
         "Weak scaling: each GPU's batch stays, the global batch grows. At most: of what is there at a time, with buffers. !: does not fit. *: --deepspeed.",
-        "In turn, hidden: nothing or all that can be of the communication is behind computing; the truth is between. Latency and stragglers are not counted.",
+        "In turn: nothing of the communication is behind computing. At best: all that DeepSpeed does not wait for is (gradients with overlap_comm,",
+        "weights at stage 3), which no run reaches. Latency and stragglers are not counted.",
     ]
     return "\n".join(lines)
 
