@@ -152,7 +152,7 @@ def disturbed(scene: Scene, folder: Path, pace: Pace, faults: Iterator[Fault], u
                 else:
                     strike(scene, launch, fault, pace, wait, pending)
                     fault = next(faults, None) if time.monotonic() < until and launch.process.poll() is None else None
-        after_launch(scene, launch, folder)
+        after_launch(scene, launch)
         whole = max(whole_checkpoints(folder), default=0)
         if whole < newest:
             scene.problem(f"{launch.log.name}: checkpoint-{newest} was there before, now checkpoint-{whole} is the newest")
@@ -201,8 +201,8 @@ def strike(scene: Scene, launch: Launch, fault: Fault, pace: Pace, wait: Callabl
     scene.say(f"launch {scene.launches}: {fault.kind} ({moment}), step {event['step']} of {scene.steps}: {said}")
 
 
-def after_launch(scene: Scene, launch: Launch, folder: Path) -> None:
-    """Nothing of a launch may live on, and no stack of a hang may be where there was none."""
+def after_launch(scene: Scene, launch: Launch) -> None:
+    """Nothing of a launch may live on."""
     end = time.monotonic() + 5
     while (left := living(scene.value)) and time.monotonic() < end:
         time.sleep(0.1)
