@@ -8,12 +8,15 @@ Killed and started again, alone or in another array, it goes on with what is lef
 """
 
 import argparse
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from sharding import archive, shard_tasks
+from sharding import archive, engine, shard_tasks
 from toolkit.errors import UserError, exit_2_on_user_error
 from toolkit.recipe import STAGES, TASKS, has_sections, load, read, where
 
@@ -67,6 +70,25 @@ def words(section: dict, parser: argparse.ArgumentParser, opening: str) -> list[
     return said
 
 
+@contextlib.contextmanager
+def turn(shard: argparse.Namespace) -> Iterator[None]:
+    """In a job array wait for a process of the same rank, of which there must be one: jobs resubmitted as --array=3 and as --array=4 are both rank 0 of 1."""
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        yield
+        return
+    engine.guarded(shard.out, lambda: shard.out.mkdir(parents=True, exist_ok=True))
+    lock = FileLock(shard.out / f".rank-{shard.rank}-of-{shard.world_size}.lock", poll_interval=1)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{shard.out}: another job does the work of rank {shard.rank} of {shard.world_size}; this one waits for its end", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m sharding.line", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help=f"YAML file with a section shard, and one called tasks if tasks are wanted (sections: {', '.join((*STAGES, TASKS))})")
@@ -74,7 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     shard = shard_arguments(args.recipe, args.arguments)
     tasks = task_arguments(args.recipe, shard.out / "shards")
-    if not archive.archive(shard):
+    with turn(shard):
+        complete = archive.archive(shard)
+    if not complete:
         if tasks:
             print("tasks: left to the process that completes the shards")
         return

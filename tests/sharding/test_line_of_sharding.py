@@ -3,12 +3,14 @@
 import fcntl
 import json
 import multiprocessing
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from sharding import archive, line, prepare, shard_tasks
 from tests.sharding.test_prepare import record, table
@@ -92,6 +94,23 @@ def test_an_array_whose_second_job_was_killed_is_completed_by_that_job_alone(cor
     assert sha256(tmp_path / "d/shards") == sha256(reference / "d/shards") and sha256(tmp_path / "i") == sha256(reference / "i")
     with pytest.raises(UserError, match=r"--array: its 2 numbers from 3 to 5 have gaps; --array=0-1 shares"):
         job(**array(3, 3, 5, 1, 2))
+
+
+def test_two_jobs_that_are_both_an_array_of_one_take_turns(corpus, reference, tmp_path, monkeypatch, capsys):
+    path, said = recipe(corpus, tmp_path), ""
+    for name, value in array(3, 3, 3, 1, 1).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "d").mkdir()
+    second = threading.Thread(target=line.main, args=([path],))
+    with FileLock(tmp_path / "d/.rank-0-of-1.lock"):  # of the first
+        second.start()
+        while "another job does the work of rank 0 of 1; this one waits for its end" not in said:
+            assert second.is_alive(), said
+            said += capsys.readouterr().out
+            time.sleep(0.01)
+        assert not (tmp_path / "d/manifest").exists()
+    second.join()
+    assert sha256(tmp_path / "d/shards") == sha256(reference / "d/shards") and sha256(tmp_path / "i") == sha256(reference / "i")
 
 
 def test_a_file_that_another_process_writes_is_not_swept(tmp_path):
