@@ -59,7 +59,8 @@ def start() -> Ranks:
         ops.__compatible_ops__["deepspeed_shm_comm"] = False
         local_world = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+            cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, cores if slurm.bound(os.environ, cores) else cores // local_world))
         device = torch.device("cpu")
     else:
         accelerator.set_device(local)

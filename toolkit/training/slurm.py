@@ -1,4 +1,9 @@
-"""The place of a rank that `srun` started without another launcher: `srun --ntasks-per-node=8 --gpus-per-node=8 python launchers/pretrain.py ...`"""
+"""The place of a rank that `srun` started without another launcher:
+
+    srun --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8 --kill-on-bad-exit=1 python launchers/pretrain.py ...
+
+Without --cpus-per-task each rank gets one core. Without --kill-on-bad-exit=1 the other ranks wait for one that failed until --hang_timeout.
+"""
 
 import re
 from collections.abc import Mapping
@@ -22,6 +27,12 @@ def place(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def bound(environment: Mapping[str, str], cores: int) -> bool:
+    """Whether the `cores` that this rank may use are its own: srun started it and gave it fewer than all that the step has on the node."""
+    started = place(environment).get("WORLD_SIZE") == environment.get("WORLD_SIZE", "")  # or a launcher that srun started
+    return started and cores < int(environment["SLURM_CPUS_ON_NODE"])
+
+
 def tasks_per_node(text: str) -> list[int]:
     """Tasks of each node: "2(x3),1" is [2, 2, 2, 1]."""
     return [int(tasks) for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", text) for _ in range(int(nodes or 1))]
@@ -34,5 +45,6 @@ def first_host(nodes: str) -> str:
 
 
 def port(job: int, step: int) -> int:
-    """15000 to 29999, below the ports that Linux gives to connections (32768-60999). Jobs that run at once get different ones, and ten steps of each."""
+    """15000 to 29999, below the ports that Linux gives to connections (32768-60999). Jobs get different ones unless their numbers differ by a multiple of 1500,
+    and so do ten steps of each."""
     return 15000 + job % 1500 * 10 + step % 10
