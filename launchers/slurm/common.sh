@@ -1,10 +1,17 @@
+# shellcheck shell=bash
 # What the batch scripts of this folder share. They source it in the project's root, where sbatch was called.
 set -euo pipefail
+asked=
+trap 'asked=yes' USR1 TERM # in the first seconds: it would end this shell, and with it the job
 [ $# -gt 0 ] || { echo "error: name a recipe: sbatch launchers/slurm/NAME.sbatch recipes/NAME.yaml [further arguments]" >&2; exit 2; }
 export PATH=$PWD/.venv/bin:$PATH # where there is no .venv: the environment that was active when sbatch was called
+unset SLURM_EXPORT_ENV           # srun would take it for its --export: with sbatch --export=NONE or --export=NAME its tasks lacked what is exported here
 
 # A rank a GPU; on a cluster of CPUs RANKS_PER_NODE (sbatch --export=ALL,RANKS_PER_NODE=2 ...), by default one.
-ranks=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+gpus=${SLURM_GPUS_ON_NODE:-0}
+ranks=${RANKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || { echo "error: RANKS_PER_NODE=$ranks: must be a whole number from 1, or left out" >&2; exit 2; }
+export RANKS_PER_NODE=$ranks # for node.sh
 
 # Without it every rank starts a thread a core: 8 ranks on 64 cores are 512 threads, which get in each other's way.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > ranks ? SLURM_CPUS_ON_NODE / ranks : 1))}
@@ -23,11 +30,19 @@ job=${job:-$SLURM_JOB_ID}
 
 # requeue WHY: back into the queue. A job that is being cancelled, or requeued by SLURM already, is COMPLETING and stays what it is.
 requeue() {
-  if scontrol show job -o "$job" | grep -q ' JobState=RUNNING '; then
-    echo "$1: job $job goes back into the queue and goes on from there"
-    scontrol requeue "$job"
-  fi
-  exit 85 # whatever happens: never COMPLETED
+  trap '' USR1 TERM ALRM # SLURM's own, as soon as it takes the job back
+  for _ in 1 2 3 4 5 6; do # its controller may be away for a moment
+    if shown=$(scontrol show job -o "$job"); then
+      if [[ $shown != *" JobState=RUNNING "* ]]; then exit 85; fi
+      if scontrol requeue "$job"; then
+        echo "$1: job $job goes back into the queue and goes on from there"
+        exit 85 # whatever happens: never COMPLETED
+      fi
+    fi
+    sleep 5
+  done
+  echo "error: $1, but SLURM did not take job $job back into the queue (its message is above): submit it again, it goes on from there" >&2
+  exit 85
 }
 
 # wait_for PID: its exit code in `code`. A trap ends `wait`, which then did not see the end of the process.
@@ -39,40 +54,76 @@ wait_for() {
   done
 }
 
-# train STAGE RESULT RECIPE [ARGUMENTS...]: the whole job. RESULT is the file whose presence in the output folder says that it is complete.
+# train STAGE RESULT RECIPE [ARGUMENTS...]: the whole job. RESULT is the file that the stage writes last, into the output folder.
 train() {
   stage=$1 result=$2 && shift 2
   folder=$(python -m toolkit.recipe "$stage" "$@") # a mistake in it is one line, and exit code 2
-  logs=$folder/logs start=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-  hosts=$logs/$start.hosts failed=$logs/$start.failed
+  logs=$folder/logs start=$folder/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   mkdir -p "$logs"
-  scontrol show hostnames | sed "s/$/ slots=$ranks/" > "$hosts"
-  rm -f "$folder/STOP" "$failed" # a STOP that came too late for an earlier start
+  scontrol show hostnames | sed "s/$/ slots=$ranks/" > "$start.hosts"
+  rm -f "$folder/STOP" "$start.failed" "$start.left" # STOP: of a start that was killed
+  before=$(progress)
 
-  # 180 s before the time limit (--signal), or sent by you: scancel --batch --signal=USR1 JOB
-  if [ "$stage" = evaluate ]; then ask() { requeue "answers are on the disk batch by batch"; }; else ask() { asked=yes; touch "$folder/STOP"; }; fi
-  trap ask USR1 TERM
-
-  echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $stage on $SLURM_NNODES nodes of $ranks ranks; logs in $logs/$start-*.log"
+  echo "$(date '+%F %T') job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}: $stage on $SLURM_NNODES nodes of $ranks ranks; logs in $start-*.log"
   # --cpu-bind=none: the launcher's ranks may use all cores that the job has on the node
-  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --output="$logs/$start-%N.log" bash launchers/slurm/node.sh "$failed" \
-    --hostfile "$hosts" --no_ssh --master_addr "$(scontrol show hostnames | head -n 1)" --master_port $((15000 + SLURM_JOB_ID % 1500 * 10)) \
+  srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --output="$start-%N.log" bash launchers/slurm/node.sh "$start" \
+    --hostfile "$start.hosts" --no_ssh --master_addr "$(scontrol show hostnames | head -n 1)" --master_port $((15000 + SLURM_JOB_ID % 1500 * 10)) \
     launchers/"$stage".py --recipe "$@" &
-  wait_for $!
+  step=$! alarm=
+  # 180 s before the time limit (--signal), or sent by you: scancel --batch --signal=USR1 JOB
+  trap ask USR1 TERM
+  trap 'again "a validation or an export takes longer than the time that is left"' ALRM
+  if [ "$asked" ]; then ask; fi # by a signal before this line
+  wait_for "$step"
+  trap '' USR1 TERM ALRM # nobody is left to be asked
+  rm -f "$folder/STOP"
+  if [ "$alarm" ]; then kill "$alarm" || true; fi
 
-  if [ $code -ne 0 ]; then explain; fi
-  if [ -f "$folder/$result" ]; then echo "$(date '+%F %T') complete: $folder"; exit 0; fi
-  requeue "not finished"
+  if [ "$code" -ne 0 ]; then explain; fi
+  if [ -s "$start.left" ]; then again "not finished"; fi
+  if [ ! -f "$folder/$result" ]; then echo "error: $stage ended without $folder/$result; the nodes' logs are $start-*.log" >&2; exit 1; fi
+  echo "$(date '+%F %T') complete: $folder"
+  exit 0
+}
+
+# What has been saved: the name of the newest checkpoint, or the answers of an evaluation.
+progress() { { cat "$folder/latest" "$folder/predictions.jsonl" 2> /dev/null || true; } | cksum; }
+
+# again WHY: requeue, but not for ever. Two starts in a row that left on request and saved nothing are an error. (Preempted ones, by TERM, are not.)
+again() {
+  if [ "$before" = "$(progress)" ] && ! grep -qs ' TERM$' "$start.left"; then
+    idle=$logs/$SLURM_JOB_ID.idle # what had been saved when a start last saved nothing
+    if [ "$before" = "$(cat "$idle" 2> /dev/null)" ]; then
+      echo "error: nothing was saved within --time, at two starts in a row: give the job more time" >&2
+      exit 1
+    fi
+    echo "$before" > "$idle"
+  fi
+  requeue "$1"
+}
+
+# Ask the ranks to save and to leave. They look between two steps: an evaluation has its answers on the disk anyway, and a validation or an export may take
+# longer than the time that is left. SLURM does not requeue what the time limit ended, so that half a minute before it this script does it, answered or not.
+# shellcheck disable=SC2329 # a trap calls it
+ask() {
+  asked=yes
+  if [ "$stage" = evaluate ]; then again "answers are on the disk batch by batch"; fi
+  touch "$folder/STOP"
+  end=$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([0-9][^ ]*\) .*/\1/p') || end=
+  if [ "$end" ] && left=$(($(date -d "$end" +%s) - $(date +%s) - 30)) && [ "$left" -gt 0 ]; then
+    (sleep "$left" && kill -ALRM $$) &
+    alarm=$!
+  fi
 }
 
 # Say what went wrong, and leave with the exit code of the node that failed first. srun's own code is 137 or 143 where it had to end other nodes.
 explain() {
-  read -r node code < "$failed" 2> /dev/null || node=
-  if [ -z "$node" ]; then echo "error: srun ended with exit code $code; its message is above, the nodes' logs are $logs/$start-*.log" >&2; exit "$code"; fi
+  if [ ! -s "$start.failed" ]; then echo "error: srun ended with exit code $code; its message is above, the nodes' logs are $start-*.log" >&2; exit "$code"; fi
+  read -r node code < "$start.failed"
   what="exit code $code"
   if [ "$code" -gt 192 ]; then what="a rank killed by signal $((256 - code)) (9: often for want of memory)"; fi # sys.exit(-9) of the launcher is 247
   if [ "$code" -eq 86 ]; then what="a hang, which the watchdog ended (stacks in $folder/hang/); submitted again, it goes on from the newest checkpoint"; fi
-  echo "error: node $node failed first: $what. The end of $logs/$start-$node.log says:" >&2
-  grep -ai error "$logs/$start-$node.log" | grep -av 'launch.py' | tail -n 5 >&2 || tail -n 3 "$logs/$start-$node.log" >&2
+  echo "error: node $node failed first: $what. The end of $start-$node.log says:" >&2
+  grep -ai error "$start-$node.log" | grep -av 'launch.py' | tail -n 5 >&2 || tail -n 3 "$start-$node.log" >&2 || true # the code below counts
   exit "$code"
 }

@@ -1,5 +1,6 @@
 """Two nodes on one machine, and a real SLURM on them. They skip, and say why, where they cannot be made."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,8 @@ from tests.cluster.nodes import missing as missing_for_nodes
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm import missing as missing_for_slurm
 from tests.training.conftest import corpus, task_corpus  # noqa: F401  fixtures
+
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # ip, munged and slurmctld are there; a shell of `su` without `-` has no such PATH
 
 
 @pytest.fixture(scope="session")

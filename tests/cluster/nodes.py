@@ -1,9 +1,10 @@
 """A head and two nodes on this machine: network namespaces, joined by a bridge, each with its own host name, /etc/hosts and /etc/ssh.
 
 Nothing of the machine's own network changes: the bridge lives in the head's namespace. The names hold the pid of the test session, so that two
-sessions do not meet, and a later one finds and removes what a killed one left.
+sessions do not meet, and a session holds a lock of its folder: what is not locked was left by a killed one, and a later one removes it.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -55,6 +56,7 @@ class Nodes:
         self.names, self.prefix = NAMES, f"{PREFIX}{os.getpid()}"
         self.folder = Path("/tmp", self.prefix)  # short: a unix socket's path has 108 characters at most
         self.folder.mkdir()
+        self._lock = _lock(self.folder)
         self.address = {HEAD: f"{ADDRESS}1", **{name: f"{ADDRESS}{11 + i}" for i, name in enumerate(NAMES)}}
         lines = ["127.0.0.1 localhost", *(f"{address} {name}" for name, address in self.address.items())]
         (self.folder / "hosts").write_text("\n".join(lines) + "\n")
@@ -105,6 +107,7 @@ class Nodes:
         """End all that runs on the nodes, and the nodes."""
         _remove([f"{self.prefix}-{name}" for name in self.address])
         shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
 
 
 def _ip(*words: str) -> str:
@@ -134,6 +137,19 @@ def _sweep() -> None:
     """Remove the nodes of sessions that are no more, and their folders."""
     spaces = [line.split()[0] for line in _ip("netns", "list").splitlines() if line.startswith(PREFIX)]
     for name in {space.split("-")[0] for space in spaces} | {path.name for path in Path("/tmp").glob(f"{PREFIX}*")}:
-        if (pid := int(name.removeprefix(PREFIX))) == os.getpid() or not psutil.pid_exists(pid):
+        if (lock := _lock(Path("/tmp", name))) is not None:
             _remove([space for space in spaces if space.startswith(f"{name}-")])
             shutil.rmtree(Path("/tmp", name), ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Take the lock that a session has of its folder as long as it lives, whatever process has its pid later; None where one lives."""
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle

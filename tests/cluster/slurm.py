@@ -3,9 +3,12 @@
 import os
 import pwd
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
+
+import psutil
 
 from tests.cluster.nodes import HEAD, NAMES, Nodes
 from toolkit.training.distributed import RANK_VARIABLES
@@ -70,14 +73,22 @@ class Slurm:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.environment = bare | {"SLURM_CONF": str(self.folder / "slurm.conf"), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path}
         self._munge(self.folder / "munge")
-        conf = ["-f", self.folder / "slurm.conf"]
-        nodes.run(HEAD, ["slurmctld", *conf], check=True)
+        self.start_controller()
         for node in NAMES:
-            nodes.run(node, ["slurmd", *conf, "-N", node], check=True)
+            nodes.run(node, ["slurmd", "-f", self.folder / "slurm.conf", "-N", node], check=True)
         until = time.monotonic() + 60
         while self.call("sinfo", "-h", "-N", "-p", "low", "-o", "%T", check=False).split() != ["idle", "idle"]:
             assert time.monotonic() < until, "the nodes do not come up:\n" + (self.folder / "slurmctld.log").read_text()[-2000:]
             time.sleep(0.1)
+
+    def start_controller(self) -> None:
+        self.nodes.run(HEAD, ["slurmctld", "-f", self.folder / "slurm.conf"], check=True)
+
+    def stop_controller(self) -> None:
+        """Jobs run on, and wait to be asked for."""
+        pid = int((self.folder / "slurmctld.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [])
 
     def _munge(self, folder: Path) -> None:
         """munged with a key and a socket of its own; as user munge, since it refuses folders that another could write."""

@@ -128,6 +128,45 @@ def test_preempted_requeued_and_out_of_time_it_ends_with_the_losses_of_an_undist
     assert run.log.read_text().count("not finished: ") == 2 and "complete: " in run.log.read_text()
 
 
+def test_unanswered_before_its_time_is_up_and_when_a_node_fails_it_goes_back_into_the_queue(slurm, run, undisturbed):
+    job = run.submit("--time=60")
+    run.freeze_after(7)  # as in a validation that takes too long
+    elapsed = [int(part) for part in slurm.show(job)["RunTime"].split(":")]
+    slurm.call("scontrol", "update", f"JobId={job}", f"TimeLimit={elapsed[-2] + 2}")
+    until(lambda: slurm.show(job)["Restarts"] == "1", "the last half minute")
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    assert "a validation or an export takes longer than the time that is left: job" in run.log.read_text()
+
+    run.freeze_after(17)
+    slurm.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")  # until its slurmd says that it lives (ReturnToService)
+    shown = slurm.wait(job, "COMPLETED", "FAILED", "TIMEOUT")
+    assert (shown["JobState"], shown["ExitCode"], shown["Restarts"]) == ("COMPLETED", "0:0", "2"), run.log.read_text()
+    assert losses(run.folder) == pytest.approx(undisturbed, rel=1e-6)
+
+
+def test_starts_that_save_nothing_come_to_an_end(slurm, run):
+    """As with a --time of less than --signal: asked to stop before the first step, at each start."""
+    job = run.submit("--nodes=1")
+
+    def ask_at(start: str) -> None:
+        until(lambda: run.log.exists() and f"{start}: pretrain" in run.log.read_text(), start)
+        slurm.call("scancel", "--batch", "--signal=USR1", job)
+
+    ask_at("start 0")
+    ask_at("start 1")
+    shown = slurm.wait(job, "FAILED", "COMPLETED")
+    assert (shown["ExitCode"], shown["Restarts"]) == ("1:0", "1"), run.log.read_text()
+    assert "error: nothing was saved within --time, at two starts in a row" in run.log.read_text()
+    assert not (run.folder / "STOP").exists() and steps(run.folder) == 0
+
+
+def test_what_ends_without_a_result_is_neither_complete_nor_started_for_ever(slurm, run):
+    job = run.submit("--nodes=1", arguments=["--help"])
+    shown = slurm.wait(job, "FAILED", "COMPLETED", seconds=120)
+    assert (shown["ExitCode"], shown["Restarts"]) == ("1:0", "0")
+    assert "error: pretrain ended without " in run.log.read_text(), run.log.read_text()
+
+
 def test_scancel_stays_cancelled_though_the_ranks_save(slurm, run):
     """One node with two ranks."""
     job = run.submit("--nodes=1", RANKS_PER_NODE="2")
@@ -155,8 +194,36 @@ def test_a_killed_rank_ends_the_job_on_all_nodes(slurm, run):
 
 def test_srun_alone(slurm, run, undisturbed):
     """Ranks from SLURM_*: no launcher, no batch script."""
-    slurm.call("srun", "-N", 2, "-n", 2, sys.executable, "launchers/pretrain.py", "--recipe", run.recipe, "--output_dir", run.folder)
+    options = ["-N", 2, "-n", 2, "--cpus-per-task=1", "--kill-on-bad-exit=1"]
+    slurm.call("srun", *options, sys.executable, "launchers/pretrain.py", "--recipe", run.recipe, "--output_dir", run.folder)
     assert losses(run.folder) == pytest.approx(undisturbed, rel=1e-6)
+
+
+def script(slurm, tmp_path, text: str, *options) -> str:
+    """Submit a batch script that goes on from common.sh."""
+    (tmp_path / "own.sbatch").write_text(f"#!/usr/bin/env bash\nsource launchers/slurm/common.sh r.yaml\n{text}\n")
+    return slurm.submit("--requeue", "--open-mode=append", f"--output={tmp_path}/own.out", *options, tmp_path / "own.sbatch")
+
+
+def test_requeued_though_the_controller_is_away_for_a_while(slurm, tmp_path):
+    text = f'if [ "${{SLURM_RESTART_COUNT:-0}}" -eq 1 ]; then exit 0; fi\nuntil [ -e {tmp_path}/go ]; do sleep 0.1; done\nrequeue "a test"'
+    job = script(slurm, tmp_path, text)
+    slurm.wait(job, "RUNNING")
+    slurm.stop_controller()
+    try:
+        (tmp_path / "go").touch()
+        until(lambda: "error: " in (tmp_path / "own.out").read_text(), "the first attempt")  # scontrol's
+    finally:
+        slurm.start_controller()
+    shown = slurm.wait(job, "COMPLETED", "FAILED")
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), (tmp_path / "own.out").read_text()
+    assert f"a test: job {job} goes back into the queue" in (tmp_path / "own.out").read_text()
+
+
+def test_tasks_get_what_the_script_exports_whatever_sbatch_exports(slurm, tmp_path):
+    job = script(slurm, tmp_path, """srun bash -c 'echo "$RANKS_PER_NODE $PATH"'""", f"--export=SLURM_CONF={slurm.folder}/slurm.conf,RANKS_PER_NODE=3")
+    slurm.wait(job, "COMPLETED")
+    assert (tmp_path / "own.out").read_text().startswith(f"3 {ROOT}/.venv/bin:")
 
 
 def test_from_elsewhere_or_without_a_recipe_it_says_so(slurm, tmp_path):
