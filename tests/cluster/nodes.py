@@ -133,12 +133,16 @@ def _remove(spaces: list[str]) -> None:
         _ip("netns", "del", space)
 
 
+def _spaces() -> list[str]:
+    """The namespaces of all sessions."""
+    return [line.split()[0] for line in _ip("netns", "list").splitlines() if line.startswith(PREFIX)]
+
+
 def _sweep() -> None:
     """Remove the nodes of sessions that are no more, and their folders."""
-    spaces = [line.split()[0] for line in _ip("netns", "list").splitlines() if line.startswith(PREFIX)]
-    for name in {space.split("-")[0] for space in spaces} | {path.name for path in Path("/tmp").glob(f"{PREFIX}*")}:
+    for name in {space.split("-")[0] for space in _spaces()} | {path.name for path in Path("/tmp").glob(f"{PREFIX}*")}:
         if (lock := _lock(Path("/tmp", name))) is not None:
-            _remove([space for space in spaces if space.startswith(f"{name}-")])
+            _remove([space for space in _spaces() if space.startswith(f"{name}-")])
             shutil.rmtree(Path("/tmp", name), ignore_errors=True)
             os.close(lock)
 

@@ -103,7 +103,7 @@ class Slurm:
     def call(self, *words, check: bool = True, **environment) -> str:
         """stdout of a command on the head."""
         done = self.nodes.run(HEAD, words, env=self.environment | environment, cwd=ROOT)
-        assert not check or done.returncode == 0, f"{' '.join(map(str, words))}: {done.stderr}{done.stdout}"
+        assert not check or done.returncode == 0, f"{' '.join(map(str, words))}: {done.returncode} {done.stderr}{done.stdout}"
         return done.stdout
 
     def submit(self, *words, **environment) -> str:

@@ -53,18 +53,23 @@ def test_requeued_it_goes_on_with_what_is_left(slurm, made):
     def answers() -> int:
         return (out / "predictions.jsonl").read_text().count("\n") if (out / "predictions.jsonl").is_file() else 0
 
-    until(lambda: answers() or slurm.show(job)["JobState"] == "FAILED", "an answer")
-    ranks = [process for node in slurm.nodes.names for process in slurm.nodes.processes(node) if "launchers/evaluate.py" in cmdline(process)[2:3]]
-    for process in ranks:
-        process.send_signal(signal.SIGSTOP)
-    before = answers()
-    assert before, log.read_text()
-    assert not (out / "metrics.json").exists()
+    def freeze_after(count: int) -> None:
+        until(lambda: answers() > count or slurm.show(job)["JobState"] == "FAILED", f"answer {count + 1}")
+        ranks = [process for node in slurm.nodes.names for process in slurm.nodes.processes(node) if "launchers/evaluate.py" in cmdline(process)[2:3]]
+        for process in ranks:
+            process.send_signal(signal.SIGSTOP)
+        assert count < answers() < ECGS and not (out / "metrics.json").exists(), log.read_text()
+
+    freeze_after(0)
     slurm.call("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: slurm.show(job)["Restarts"] == "1", "a restart")
+    freeze_after(answers())
+    (out / "metrics.json").write_text('{"run": {}}')  # of an earlier evaluation
+    slurm.call("scancel", "--signal=TERM", job)  # to the step alone, as before a preemption: it leaves with 0 for srun
     shown = slurm.wait(job, "COMPLETED", "FAILED", "CANCELLED")
-    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), log.read_text()
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "2"), log.read_text()
     rows = [json.loads(text) for text in (out / "predictions.jsonl").read_text().splitlines()]
-    assert 0 < before < len(rows) == len({row["id"] for row in rows}) == ECGS
+    assert len(rows) == len({row["id"] for row in rows}) == ECGS
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "launchers/slurm").glob("*.sbatch")))

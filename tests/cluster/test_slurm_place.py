@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.nodes import _sweep
 from tests.cluster.slurm import ROOT
 from toolkit.training.slurm import bound, first_host, place, port, tasks_per_node
 
@@ -47,6 +48,17 @@ def test_ports_differ_and_are_not_those_that_connections_get():
 def test_cores_that_srun_has_divided_are_not_divided_again(cores, more, own):
     environment = {**LAST, **place(LAST), "SLURM_CPUS_ON_NODE": "8", **more}
     assert bound({name: value for name, value in environment.items() if value is not None}, cores) is own
+
+
+@pytest.mark.multinode
+def test_nodes_that_a_killed_session_left_are_removed_though_a_process_has_its_pid_now(nodes):
+    folder = Path("/tmp/hsnode1")  # pid 1 is there on every machine
+    folder.mkdir()
+    subprocess.run(["ip", "netns", "add", "hsnode1-n1"], check=True)
+    left = subprocess.Popen(["nsenter", "--net=/run/netns/hsnode1-n1", "sleep", "300"])
+    _sweep()
+    assert left.wait(10) == -signal.SIGTERM and not folder.exists() and not Path("/run/netns/hsnode1-n1").exists()
+    assert nodes.folder.is_dir() and nodes.run("n1", ["true"]).returncode == 0
 
 
 def test_shellcheck_finds_nothing():
