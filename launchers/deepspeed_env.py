@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from toolkit.errors import UserError, exit_2_on_user_error
+from toolkit.files import whole_file
 
 NAME = ".deepspeed_env"
 # not CUDA_VISIBLE_DEVICES: the launcher sets it on each node by the slots of the hostfile
@@ -34,8 +35,8 @@ NAMES = {
     "HTTP_PROXY": "the way to the hub", "HTTPS_PROXY": "the way to the hub", "NO_PROXY": "the way to the hub",
 }  # fmt: skip
 NOT = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
-SECRET = re.compile("TOKEN(?!IZERS_PARALLELISM)|KEY|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
-IN_VALUE = re.compile(r"(^|//)[^/@]*:[^@]*@|[?&](token|key|sig|signature)=", re.IGNORECASE)  # user:password@host; a signed address
+SECRET = re.compile("TOKEN(?!IZERS_PARALLELISM)|KEY|SECRET|PASS|PWD|PW$|CREDENTIAL|AUTH|BEARER", re.IGNORECASE)
+IN_VALUE = re.compile(r"(^|//)[^/@]*:[^@]*@|[?&][^=&]*(token|key|sig|credential|secret|pass|auth)[^=&]*=", re.IGNORECASE)  # user:password@host, a signed URL
 
 
 def chosen(environment: dict[str, str]) -> tuple[list[str], dict[str, str]]:
@@ -78,9 +79,9 @@ def main(argv: list[str] | None = None) -> None:
         gone = sorted({line.split("=")[0] for line in before if "=" in line} - {line.split("=")[0] for line in lines + by_hand})
         lines += by_hand
         # DeepSpeed takes every line for NAME=VALUE: no comment can stand in the file
-        with open(os.open(NAME, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        with whole_file(Path(NAME)) as file:
             os.fchmod(file.fileno(), 0o600)
-            file.write("".join(f"{line}\n" for line in lines))
+            file.write("".join(f"{line}\n" for line in lines).encode())
     except OSError as error:
         raise UserError(f"{Path(NAME).resolve()} cannot be written ({error.strerror}): start it in the folder in which deepspeed is then started") from None
     print(f"{Path(NAME).resolve()}: {len(lines)} variables: {' '.join(line.split('=')[0] for line in lines)}")

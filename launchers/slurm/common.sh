@@ -69,7 +69,7 @@ train() {
   srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpu-bind=none --output="$start-%N.log" bash launchers/slurm/node.sh "$start" \
     --hostfile "$start.hosts" --no_ssh --master_addr "$(scontrol show hostnames | head -n 1)" --master_port $((15000 + SLURM_JOB_ID % 1500 * 10)) \
     launchers/"$stage".py --recipe "$@" &
-  step=$! alarm=
+  step=$! alarm='' late=''
   # 180 s before the time limit (--signal), or sent by you: scancel --batch --signal=USR1 JOB
   trap ask USR1 TERM
   trap 'again "a validation or an export takes longer than the time that is left"' ALRM
@@ -79,8 +79,8 @@ train() {
   rm -f "$folder/STOP"
   if [ "$alarm" ]; then kill "$alarm" || true; fi
 
-  if [ "$code" -ne 0 ]; then explain; fi
-  if [ -s "$start.left" ]; then again "not finished"; fi
+  if [ "$code" -ne 0 ] && [ "$code" -ne 85 ]; then explain; fi
+  if [ "$code" -eq 85 ] || [ -e "$start.left" ]; then again "not finished"; fi
   if [ ! -f "$folder/$result" ]; then echo "error: $stage ended without $folder/$result; the nodes' logs are $start-*.log" >&2; exit 1; fi
   echo "$(date '+%F %T') complete: $folder"
   exit 0
@@ -89,15 +89,15 @@ train() {
 # What has been saved: the name of the newest checkpoint, or the answers of an evaluation.
 progress() { { cat "$folder/latest" "$folder/predictions.jsonl" 2> /dev/null || true; } | cksum; }
 
-# again WHY: requeue, but not for ever. Two starts in a row that left on request and saved nothing are an error. (Preempted ones, by TERM, are not.)
+# again WHY: requeue, but not for ever. Two starts in a row that left because their time was up and had saved nothing are an error.
 again() {
-  if [ "$before" = "$(progress)" ] && ! grep -qs ' TERM$' "$start.left"; then
+  if [ "$late" ] && [ "$before" = "$(progress)" ]; then
     idle=$logs/$SLURM_JOB_ID.idle # what had been saved when a start last saved nothing
     if [ "$before" = "$(cat "$idle" 2> /dev/null)" ]; then
       echo "error: nothing was saved within --time, at two starts in a row: give the job more time" >&2
       exit 1
     fi
-    echo "$before" > "$idle"
+    echo "$before" > "$idle" || true
   fi
   requeue "$1"
 }
@@ -107,10 +107,12 @@ again() {
 # shellcheck disable=SC2329 # a trap calls it
 ask() {
   asked=yes
-  if [ "$stage" = evaluate ]; then again "answers are on the disk batch by batch"; fi
-  touch "$folder/STOP"
   end=$(scontrol show job -o "$job" | sed -n 's/.* EndTime=\([0-9][^ ]*\) .*/\1/p') || end=
-  if [ "$end" ] && left=$(($(date -d "$end" +%s) - $(date +%s) - 30)) && [ "$left" -gt 0 ]; then
+  left=$([ -z "$end" ] || echo $(($(date -d "$end" +%s) - $(date +%s) - 30)))
+  if [ "$left" ] && [ "$left" -lt 270 ]; then late=yes; fi # --signal comes 180 s before the end, or up to 60 s earlier
+  if [ "$stage" = evaluate ]; then again "answers are on the disk batch by batch"; fi
+  touch "$folder/STOP" || echo "error: $folder/STOP cannot be written: the ranks are not asked to save" >&2
+  if [ "$left" ] && [ "$left" -gt 0 ]; then
     (sleep "$left" && kill -ALRM $$) &
     alarm=$!
   fi

@@ -122,11 +122,13 @@ def test_what_is_chosen_and_what_is_left_out():
         "OMP_NUM_THREADS": "4", "NCCL_SOCKET_IFNAME": "ib0", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "0", "CUDA_HOME": "/usr/local/cuda",
         "HF_HOME": "/my models", "HF_TOKEN": "x", "TORCH_API_KEY": "x", "https_proxy": "http://me:word@proxy:1", "http_proxy": "http://proxy:1",
         "HF_AUTH": "x", "DS_PASSPHRASE": "x", "http_PROXY": "x", "HTTP_PROXY": "me:word@proxy:1", "HF_ENDPOINT": "https://hub/?token=x", "DS_Secret_ONE": "x",
+        "HF_PW": "x", "DS_PWD": "x", "HF_BEARER": "x", "HF_HUB": "https://s3/a?X-Amz-Credential=A&X-Amz-Signature=B", "HF_HUB_TWO": "https://h/?a=1&access_token=x",
         "TRITON_CACHE_DIR": "", "DS_MESSAGE": "two\nlines", "HOME": "/root", "AWS_SECRET_ACCESS_KEY": "x", "RANK": "3",
     })  # fmt: skip
     assert lines == ["CUDA_HOME=/usr/local/cuda", "HF_HOME=/my models", "NCCL_SOCKET_IFNAME=ib0", "OMP_NUM_THREADS=4", "TOKENIZERS_PARALLELISM=false",
                      "http_proxy=http://proxy:1"]  # fmt: skip
     secret = {"HF_TOKEN", "TORCH_API_KEY", "https_proxy", "HF_AUTH", "DS_PASSPHRASE", "HTTP_PROXY", "HF_ENDPOINT", "DS_Secret_ONE"}
+    secret |= {"HF_PW", "DS_PWD", "HF_BEARER", "HF_HUB", "HF_HUB_TWO"}
     assert left.keys() == secret | {"TRITON_CACHE_DIR", "DS_MESSAGE"} and all("a secret" in left[name] for name in secret)
 
 

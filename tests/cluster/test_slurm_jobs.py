@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cluster.slurm import ROOT, Slurm
+from tests.cluster.slurm import HEAD, ROOT, Slurm
 from tests.training.conftest import losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.multinode]
@@ -145,8 +145,8 @@ def test_unanswered_before_its_time_is_up_and_when_a_node_fails_it_goes_back_int
 
 
 def test_starts_that_save_nothing_come_to_an_end(slurm, run):
-    """As with a --time of less than --signal: asked to stop before the first step, at each start."""
-    job = run.submit("--nodes=1")
+    """Asked to stop before the first step, at each start. While there is time left that is no error: a user, or a job of higher priority, may have asked."""
+    job = run.submit("--nodes=1", "--time=60")
 
     def ask_at(start: str) -> None:
         until(lambda: run.log.exists() and f"{start}: pretrain" in run.log.read_text(), start)
@@ -154,8 +154,12 @@ def test_starts_that_save_nothing_come_to_an_end(slurm, run):
 
     ask_at("start 0")
     ask_at("start 1")
+    until(lambda: slurm.show(job)["Restarts"] == "2", "a second restart")
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=4")  # as with a --time that is hardly more than --signal
+    ask_at("start 2")
+    ask_at("start 3")
     shown = slurm.wait(job, "FAILED", "COMPLETED")
-    assert (shown["ExitCode"], shown["Restarts"]) == ("1:0", "1"), run.log.read_text()
+    assert (shown["ExitCode"], shown["Restarts"]) == ("1:0", "3"), run.log.read_text()
     assert "error: nothing was saved within --time, at two starts in a row" in run.log.read_text()
     assert not (run.folder / "STOP").exists() and steps(run.folder) == 0
 
@@ -193,9 +197,16 @@ def test_a_killed_rank_ends_the_job_on_all_nodes(slurm, run):
 
 
 def test_srun_alone(slurm, run, undisturbed):
-    """Ranks from SLURM_*: no launcher, no batch script."""
-    options = ["-N", 2, "-n", 2, "--cpus-per-task=1", "--kill-on-bad-exit=1"]
-    slurm.call("srun", *options, sys.executable, "launchers/pretrain.py", "--recipe", run.recipe, "--output_dir", run.folder)
+    """Ranks from SLURM_*: no launcher, no batch script. Asked to stop it ends with 85, though the first rank to leave makes srun send SIGTERM to the other."""
+    command = ["srun", "-N", 2, "-n", 2, "--cpus-per-task=1", "--kill-on-bad-exit=1", sys.executable, "launchers/pretrain.py", "--recipe", run.recipe]
+    command += ["--output_dir", run.folder]
+    with open(run.log, "w") as log:
+        first = slurm.nodes.popen(HEAD, command, env=slurm.environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        until(lambda: steps(run.folder) >= 3 or first.poll() is not None, "step 3")
+        (run.folder / "STOP").touch()
+        assert first.wait(120) == 85, run.log.read_text()
+    assert steps(run.folder) < STEPS
+    slurm.call(*command)
     assert losses(run.folder) == pytest.approx(undisturbed, rel=1e-6)
 
 

@@ -105,11 +105,14 @@ def test_gpus_that_deepspeed_would_not_take_are_refused(tmp_path):
         (tmp_path / "start.failed").unlink(missing_ok=True)
         return shell(f"PATH={Path(sys.executable).parent}:$PATH bash launchers/slurm/node.sh {tmp_path}/start --help", **environment)
 
-    for ranks, seen in (("1", "3"), ("2", "0,2"), ("2", "0"), ("1", "10")):
+    done = node(RANKS_PER_NODE="2", SLURM_GPUS_ON_NODE="1", CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 2 and "error: RANKS_PER_NODE=2: SLURM gives the job 1 GPUs" in done.stderr and "--exclusive" not in done.stderr
+    for ranks, seen in (("1", "3"), ("2", "0,2"), ("1", "10")):
         done = node(RANKS_PER_NODE=ranks, SLURM_GPUS_ON_NODE=ranks, CUDA_VISIBLE_DEVICES=seen)
         assert done.returncode == 2 and f"error: CUDA_VISIBLE_DEVICES={seen}: " in done.stderr and "--exclusive" in done.stderr
         assert (tmp_path / "start.failed").read_text() == "n1 2\n"
-    for ranks, more in (("2", {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}), ("1", {"CUDA_VISIBLE_DEVICES": "3"}), ("1", {})):
+    for ranks, more in (("2", {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": "0,1"}), ("1", {"CUDA_VISIBLE_DEVICES": "3"}), ("1", {}),
+                        ("1", {"SLURM_GPUS_ON_NODE": "1", "CUDA_VISIBLE_DEVICES": "MIG-8a1f"})):  # fmt: skip
         done = node(RANKS_PER_NODE=ranks, **more)
         assert done.returncode == 0 and "usage: deepspeed" in done.stdout, done.stderr
 
@@ -126,4 +129,4 @@ def test_an_end_after_sigterm_that_saved_nothing_is_said(tmp_path):
         os.killpg(process.pid, signal.SIGTERM)
         said = process.communicate()[0]
         assert process.returncode == 0 and said.count("ended with exit code 1 after SIGTERM, perhaps without saving") == lines, said
-        assert (tmp_path / f"{code}.left").read_text() == "n1 TERM\n" and not (tmp_path / f"{code}.failed").exists()
+        assert (tmp_path / f"{code}.left").exists() and not (tmp_path / f"{code}.failed").exists()

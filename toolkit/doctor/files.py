@@ -128,7 +128,7 @@ def check_run_folder(path: str) -> Iterator[Finding]:
             "run folder", f"{path} has a file {stop.FILE}: a run would save and end with exit code {stop.REQUEUE} at once", f"rm {request}"
         )
     if _is_locked(folder / ".lock"):
-        yield error("run folder", f"a run is training in {path}", f"wait, stop it with: touch {request}, or name another folder")
+        yield error("run folder", f"a run is training in {path}", f"stop it with: touch {request} (SLURM would queue it again: scancel JOB), or name another folder")
     if (folder / RESULTS).is_file():
         yield ok("run folder", f"{path} holds a complete run")
         return

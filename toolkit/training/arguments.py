@@ -73,7 +73,7 @@ class TrainingArguments(LaunchArguments):
     profile: str | None = arg("Trace steps with torch.profiler, counted from 0: 10:15 are the steps 10 to 14. To profile/ in --output_dir.", None)
     hang_timeout: float = arg(
         "Seconds without progress of any rank after which the run ends with exit code 86, every rank's stacks in hang/ and the rank that holds the others up"
-        " named. More than the longest write of a model or checkpoint takes; counted from the first step on. 0: never, for a debugger.", 1800
+        " named. What a rank writes while it saves is progress; counted from the first step on. 0: never, for a debugger.", 1800
     )  # fmt: skip
     precision: Literal["auto", "bf16", "fp32"] = arg("auto: bf16 where the processor is fast at it, else fp32.", "auto")
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import signal
 import sys
 import time
 import warnings
@@ -115,6 +116,8 @@ def launcher(main):
             os._exit(2)  # not sys.exit: other ranks may wait in a collective, and leaving the group would wait for them
         except Requeue:
             code = REQUEUE
+            # All ranks have saved. The first one to leave is a failure to `srun -K` and to DeepSpeed's launcher, which then send the others SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if dist.is_initialized():
             dist.destroy_process_group()
         if code:

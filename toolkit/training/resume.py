@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +94,7 @@ def _lock(folder: Path, ranks: Ranks) -> FileLock | None:
         except UserError as error:
             problem = [str(error)]
         except Timeout:
-            stop = "`squeue --me` shows its job, `scancel JOB` ends it" if "SLURM_JOB_ID" in os.environ else f"stop it with `touch {folder}/STOP`"
+            stop = f"stop it with `touch {folder}/STOP` (a SLURM job with `scancel JOB`, it would be queued again; `squeue --me` shows it)"
             problem = [f"--output_dir: another run is training in {folder}; {stop}, or name another folder"]
     dist.broadcast_object_list(problem)
     if problem[0]:

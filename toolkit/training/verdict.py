@@ -26,7 +26,8 @@ def verdict(beats: dict[int, dict | None], still: set[int], timeout: float, stac
     without = sorted(still)
     missing = f"; none of {'rank' if len(without) == 1 else 'ranks'} {spans(without)}, which cannot write them any more" if without else ""
     lines.append(f"  stacks of all threads: {stacks}/rank-N.txt{missing}")
-    lines.append("The run ends with exit code 86; its newest checkpoint is as it was, and the same command goes on from there.")
+    end = "The run ends with exit code 86; its newest checkpoint is as it was, and the same command goes on from there."
+    lines.append(f"{end} Where it was only slow: a larger --hang_timeout.")
     return "\n".join(lines)
 
 
