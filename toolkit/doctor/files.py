@@ -128,7 +128,8 @@ def check_run_folder(path: str) -> Iterator[Finding]:
             "run folder", f"{path} has a file {stop.FILE}: a run would save and end with exit code {stop.REQUEUE} at once", f"rm {request}"
         )
     if _is_locked(folder / ".lock"):
-        yield error("run folder", f"a run is training in {path}", f"stop it with: touch {request} (SLURM would queue it again: scancel JOB), or name another folder")
+        mend = f"stop it with: touch {request} (SLURM would queue it again: scancel JOB), or name another folder"
+        yield error("run folder", f"a run is training in {path}", mend)
     if (folder / RESULTS).is_file():
         yield ok("run folder", f"{path} holds a complete run")
         return
