@@ -1,6 +1,7 @@
 """What launchers/submit.py looks at before anything is queued: each stage's arguments by its own parser, and that what it reads will be there."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -51,10 +52,19 @@ def chain_of(recipe: str) -> list[str]:
     for stage in ARGUMENTS:
         with contextlib.suppress(UserError):
             takes.append(understand(recipe, stage).name)
+    if not takes:  # a mistake in the recipe of one launcher is said as such
+        known = {stage: len(content.keys() & {field.name for field in dataclasses.fields(_arguments(stage))}) for stage in ARGUMENTS}
+        best = [stage for stage in known if known[stage] == max(known.values())]
+        if len(best) == 1:
+            understand(recipe, best[0])
     if len(takes) != 1:
         which = f"{' and '.join(takes)} take it as it stands" if takes else "no launcher takes all of it"
         raise UserError(f"--chain: {recipe} has no sections, and {which}: add --chain and the stage it is for, such as --chain pretrain")
     return takes
+
+
+def _arguments(stage: str) -> type:
+    return getattr(import_module(f"launchers.{stage}"), ARGUMENTS[stage])
 
 
 def understand(recipe: str, stage: str) -> Stage:
@@ -64,8 +74,7 @@ def understand(recipe: str, stage: str) -> Stage:
         with contextlib.redirect_stderr(said):
             if stage == "shard":
                 return _shard(recipe)
-            cls = getattr(import_module(f"launchers.{stage}"), ARGUMENTS[stage])
-            args = parse(cls, "", ["--recipe", recipe])
+            args = parse(_arguments(stage), "", ["--recipe", recipe])
     except SystemExit:
         raise UserError(f"{where(recipe, stage)}: {said.getvalue().strip().splitlines()[-1].split('error: ')[-1]}") from None
     except UserError as error:

@@ -118,6 +118,13 @@ def test_run_folders(tmp_path):
     assert "complete" in next(files.check_run_folder(tmp_path)).text
 
 
+def test_a_run_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        (found,) = files.check_run_folder(str(path))
+        assert found.status == ERROR and found.text == f"--output_dir {path} cannot be made: {tmp_path / 'file'} is a file"
+
+
 def test_a_lock_is_told_from_another_doctors_look_at_it(tmp_path):
     run = tmp_path / "my run"
     run.mkdir()
@@ -269,4 +276,4 @@ def test_the_report(tmp_path):
     assert [finding["ranks"] for finding in report["findings"]] == [[1], [0, 1]]
     lines = table(report).splitlines()
     assert "ERROR" in lines[2] and lines[2].endswith("torch is gone [rank 1]") and lines[3].strip() == "-> pip install torch"
-    assert lines[4].endswith("fast") and lines[-2:] == ["not checked: shards (no --shards)", "1 errors, 0 warnings"]
+    assert lines[4].endswith("fast") and lines[-2:] == ["not checked: shards (no --shards)", "1 error, 0 warnings"]

@@ -71,7 +71,9 @@ def test_steps_and_tokens_by_hand():
     assert (found["tokens_per_ecg"], found["targets_per_ecg"], found["ecgs_per_row"], found["rows_per_step"]) == (315, 313, 13, 96)
     assert found["ecgs_per_step"] == 1248 and found["steps"] == math.ceil(2_000_000 / 1248) == 1603
     assert found["tokens_in_all"] == 1603 * 1248 * 315
-    assert planned(*LLAMA, "--max_steps", "7")["steps"] == 7
+    assert found["epochs"] == pytest.approx(1603 * 1248 / 800_000)
+    few = planned(*LLAMA, "--max_steps", "7")
+    assert few["steps"] == 7 and few["epochs"] == few["ecgs_in_all"] / few["ecgs"] < 0.01
 
 
 @pytest.mark.parametrize(

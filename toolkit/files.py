@@ -61,6 +61,14 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
+def share(folder: Path) -> None:
+    """Give model files the mode of any other file: safetensors 0.8 lets their owner alone read them, and others of a cluster's group could not load them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write that becomes `path`, contents and name on the disk, when the block ends, and vanishes when it raises.

@@ -86,7 +86,7 @@ def make_plan(args: PlanArguments) -> dict:
         "world": args.world, "gpu": args.gpu, "gpu_memory": GPUS[args.gpu].memory * 10**9, "peak_flops": m.peak, "mfu": args.mfu,
         "reports_not_counted": args.report_targets == "yes"
         or (args.report_targets == "auto" and args.backbone == "tiny" and args.head == "full"),
-        "gradient_checkpointing": args.gradient_checkpointing, "ecgs": ecgs, "epochs": args.num_train_epochs, "seq_len": args.seq_len,
+        "gradient_checkpointing": args.gradient_checkpointing, "ecgs": ecgs, "epochs": steps * rows * m.per_row / ecgs, "seq_len": args.seq_len,
         "parameters": m.total, "trained": m.trained, "vocabulary": m.vocabulary,
         "tokens_per_ecg": len(m.ecg.input_ids), "targets_per_ecg": len(m.ecg.targets), "ecgs_per_row": m.per_row,
         "rows_per_step": rows, "ecgs_per_step": rows * m.per_row, "tokens_per_step": rows * m.per_row * len(m.ecg.input_ids),
@@ -214,7 +214,7 @@ def text(plan: dict) -> str:
         f"parameters     {plan['parameters']:,}, trained {plan['trained']:,}; vocabulary {plan['vocabulary']:,}",
         f"one step       {plan['ecgs_per_step']:,} ECGs, {plan['tokens_per_step']:,} tokens: {plan['rows_per_step']} rows of {plan['ecgs_per_row']} ECGs"
         f" ({plan['ecgs_per_row'] * plan['tokens_per_ecg']:,} of {plan['seq_len']:,} tokens)",
-        f"in all         {plan['steps']:,} steps, {plan['ecgs_in_all']:,} ECGs ({plan['epochs']:g} x {plan['ecgs']:,}), {plan['tokens_in_all']:,} tokens",
+        f"in all         {plan['steps']:,} steps, {plan['ecgs_in_all']:,} ECGs ({plan['epochs']:.3g} x {plan['ecgs']:,}), {plan['tokens_in_all']:,} tokens",
         f"time           {_hours(plan['seconds'])}, {plan['gpu_hours']:,.1f} GPU-hours, {plan['step_seconds']:.2f} s a step,"
         f" if {100 * plan['mfu']:g} % of {plan['peak_flops'] / 1e12:,.0f} TFLOPS are reached (--mfu); validation and checkpoints not counted",
         f"on disk        {gb(plan['checkpoint'])} GB a checkpoint, {gb(plan['export'])} GB the model",

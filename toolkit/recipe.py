@@ -39,8 +39,9 @@ def load(path: str | Path) -> dict:
 
 
 def has_sections(recipe: dict) -> bool:
-    """Whether a recipe is of sections: no launcher has an argument named as a stage. (`tasks` of instruct.py is one, and a text.)"""
-    return any(stage in recipe for stage in STAGES) or isinstance(recipe.get(TASKS), list)
+    """Whether a recipe is of sections: no launcher has an argument named as a stage, or one that holds an output folder. (`tasks` of instruct.py is a text.)"""
+    named = any(name in STAGES or (isinstance(value, dict) and {"output_dir", "out"} & value.keys()) for name, value in recipe.items())
+    return named or isinstance(recipe.get(TASKS), list)
 
 
 def read(path: str | Path, stage: str | None) -> dict:

@@ -124,7 +124,10 @@ explain() {
   read -r node code < "$start.failed"
   what="exit code $code"
   if [ "$code" -gt 192 ]; then what="a rank killed by signal $((256 - code)) (9: often for want of memory)"; fi # sys.exit(-9) of the launcher is 247
-  if [ "$code" -eq 86 ]; then what="a hang, which the watchdog ended (stacks in $folder/hang/); submitted again, it goes on from the newest checkpoint"; fi
+  if [ "$code" -eq 86 ] && [ -f "$folder/hang/verdict.txt" ]; then
+    cat "$folder/hang/verdict.txt" >&2
+    what="a hang, which the watchdog ended; submitted again, it goes on from the newest checkpoint, if there is one"
+  fi
   echo "error: node $node failed first: $what. The end of $start-$node.log says:" >&2
   grep -ai error "$start-$node.log" | grep -av 'launch.py' | tail -n 5 >&2 || tail -n 3 "$start-$node.log" >&2 || true # the code below counts
   exit "$code"

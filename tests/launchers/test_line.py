@@ -96,7 +96,7 @@ def test_a_finished_run_started_again_changes_nothing(line):
 def test_the_launcher_passes_on_that_a_run_was_stopped(line, tmp_path):
     (tmp_path / "STOP").touch()
     done = pretrain_again(line, tmp_path, 2, 2)
-    assert done.returncode == 85 and "stopped on request after step 0 of 4" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 85 and "stopped on request after step 0 of 4, so there is nothing to save" in done.stdout, done.stdout[-3000:]
     assert not (tmp_path / "STOP").exists() and not (tmp_path / "train_results.json").exists()
 
 

@@ -235,5 +235,9 @@ def test_without_sbatch_or_elsewhere_it_says_where_to_run_it(line, capsys, monke
 
 
 def test_a_recipe_that_several_launchers_take_needs_the_stage(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("output_dir: o\ndeepspeed: ds_configs/zero1.json\nshards: s\nseq_len: 3\nseqlen: 3\nbackbone: tiny\n")
+    assert "there is no argument 'seqlen'; did you mean 'seq_len'?" in refused(capsys, str(tmp_path / "r.yaml"), "--nodes", "1", "--dry-run")
+    (tmp_path / "r.yaml").write_text("pretrian:\n  output_dir: o\n")
+    assert "there is no section 'pretrian'; there are train_tokenizer" in refused(capsys, str(tmp_path / "r.yaml"), "--nodes", "1", "--dry-run")
     (tmp_path / "r.yaml").write_text("output_dir: o\ndeepspeed: ds_configs/zero1.json\nmanifest: m\nseq_len: 3\n")
     assert "no launcher takes all of it: add --chain" in refused(capsys, str(tmp_path / "r.yaml"), "--nodes", "1", "--dry-run")

@@ -248,6 +248,8 @@ def test_a_model_that_is_long_in_the_writing_is_no_hang(fork, arguments, undistu
     run = fork(2, arguments(hang_timeout=3), tmp_path / "log", before=[SLOW_EXPORT])
     assert run.wait() == [0, 0], run.text()[-4000:]
     assert "HANG" not in run.text() and same(tmp_path / "run", undisturbed)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"]  # safetensors by itself: 0o600
 
 
 def test_a_rank_that_fails_at_the_end_is_no_traceback_of_the_others(fork, arguments, tmp_path):
@@ -393,8 +395,10 @@ def test_who_holds_the_others_up(tmp_path, beats, still, named, why):
     beats = dict(enumerate(beats))
     found, said = suspects(beats, still)
     assert found == named and why in said
-    text = verdict(beats, still, 30, tmp_path)
-    assert all(f"rank {rank}" in text for rank in named) and "exit code 86" in text
+    text = verdict(beats, still, 30, tmp_path / "hang")
+    assert all(f"rank {rank}" in text for rank in named) and "exit code 86; no checkpoint was written yet" in text
+    (tmp_path / "latest").touch()
+    assert "exit code 86; its newest checkpoint is as it was" in verdict(beats, still, 30, tmp_path / "hang")
 
 
 def test_many_ranks_are_few_lines(tmp_path):

@@ -44,7 +44,8 @@ def examine(args: argparse.Namespace, show: Callable[[dict], None]) -> bool:
 
 def _asked(args: argparse.Namespace) -> list[tuple]:
     return [
-        ("shards and whose tokens they hold", "--shards", args.shards), ("tokenizer", "--tokenizer", args.tokenizer), ("model", "--model", args.model),
+        ("shards and whose tokens they hold", "--shards", args.shards), ("whether tokenizer T made them", "--tokenizer", args.tokenizer),
+        ("model", "--model", args.model),
         ("ds_config", "--deepspeed", args.deepspeed), ("run folder and its disk", "--output_dir", args.output_dir),
     ]  # fmt: skip
 

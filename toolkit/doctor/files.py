@@ -10,20 +10,23 @@ from types import SimpleNamespace
 
 from toolkit.doctor.finding import Finding, error, of_user_error, ok, warning
 from toolkit.errors import UserError
+from toolkit.evaluation.cards import tokenizer_of
 from toolkit.lm.backbone import STAMP, check_stamp
 from toolkit.lm.carried import ecg_tokenizer_of
 from toolkit.lm.trained import ADAPTER, backbone_of
 from toolkit.shards.reader import Shards, locate
 from toolkit.shards.remote import is_url
-from toolkit.tokenizer.tokenizer import ECGTokenizer
+from toolkit.tokenizer.tokenizer import MODEL_TYPE, ECGTokenizer
 from toolkit.training import ds_config, stop
 from toolkit.training.checkpoint import STATE
 from toolkit.training.distributed import bf16_is_fast
 from toolkit.training.resume import RESULTS
 
+NAME_A_MODEL = "name the --output_dir of launchers/pretrain.py or launchers/instruct.py"
+
 
 def check_shards(folders: list[str]) -> Iterator[Finding]:
-    """Index, sizes and one sample a split of each folder. All sha256 are the work of `sharding.verify`."""
+    """Index, sizes, one sample a split and the ECG tokenizer of each folder. All sha256 are the work of `sharding.verify`."""
     for folder in folders:
         try:
             index = locate(folder, "--shards")[2]
@@ -31,6 +34,8 @@ def check_shards(folders: list[str]) -> Iterator[Finding]:
             if not is_url(folder):  # of a URL it would download a shard
                 for shards in opened.values():
                     shards.ids(0), shards.meta(0)
+                    if "tokenizer_files" in index:
+                        tokenizer_of(shards)
         except UserError as problem:
             yield of_user_error("shards", problem)
             continue
@@ -80,7 +85,10 @@ def check_model(model: str, folders: list[str], tokenizer: str | None) -> Iterat
     """Whether a model folder is whole, knows ECG tokens, and those of the shards."""
     path, bad = Path(model), False
     if not any((path / name).is_file() for name in (ADAPTER, "config.json")):
-        yield error("model", f"--model {model} holds neither an adapter nor a model", "name the --output_dir of launchers/pretrain.py or launchers/instruct.py")
+        yield error("model", f"--model {model} holds neither an adapter nor a model", NAME_A_MODEL)
+        return
+    if not (path / ADAPTER).is_file() and json.loads((path / "config.json").read_text()).get("model_type") == MODEL_TYPE:
+        yield error("model", f"--model {model} is an ECG tokenizer", NAME_A_MODEL)
         return
     if not (path / STAMP).is_file():
         yield warning(
@@ -118,6 +126,10 @@ def check_run_folder(path: str) -> Iterator[Finding]:
     """A request to stop that was left, the newest checkpoint, other runs in the folder."""
     folder = Path(path)
     request = quote(str(folder / stop.FILE))
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        yield error("run folder", f"--output_dir {path} cannot be made: {there} is a file", "name a new folder")
+        return
     if not folder.is_dir():
         yield ok("run folder", f"{path} is not there yet: a new run")
         return

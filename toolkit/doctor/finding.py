@@ -87,4 +87,4 @@ def table(report: dict) -> str:
     lines += ["", *(f"{count - FEW} more are ok: {check}" for check, count in said.items() if count > FEW)]
     lines += [f"not checked: {what} ({why})" for what, why in report["not_checked"].items()]
     count = Counter(finding["status"] for finding in findings)
-    return "\n".join([*lines, f"{count[ERROR]} errors, {count[WARNING]} warnings"])
+    return "\n".join([*lines, ", ".join(f"{count[status]} {status}{'s' * (count[status] != 1)}" for status in (ERROR, WARNING))])

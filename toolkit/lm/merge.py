@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from toolkit.errors import UserError, exit_2_on_user_error
-from toolkit.files import new_folder, write_text
+from toolkit.files import new_folder, share, write_text
 from toolkit.lm.backbone import STAMP
 from toolkit.lm.carried import FOLDER, carried_in
 from toolkit.lm.continuous import FILE
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         write_text(folder / STAMP, json.dumps(stamp | ({"trained_on": trained} if trained else {}), indent=2))
         if carried := carried_in(args.adapter):
             shutil.copytree(carried, folder / FOLDER)
+        share(folder)
     print(f"{args.out}: {model.num_parameters():,} parameters in {args.precision}. Research software; not for diagnosis.")
 
 

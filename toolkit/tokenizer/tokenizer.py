@@ -31,6 +31,7 @@ ARCHITECTURES = {"heartspeed": heartspeed, "paper": paper, "heartllm": heartllm}
 # Distance of an encoder output, in levels, to the boundary of two digits below which float64 decides. Float32 is off by 4e-6 at most (paper, 60 ECGs;
 # heartspeed less), and by other amounts with other instruction sets: 3 of 1.5 M ids differed between AVX2 and AVX-512. One ECG in 40 is this close.
 TIE = 1e-5
+MODEL_TYPE = "heartspeed_tokenizer"  # in config.json
 
 
 @dataclass
@@ -180,7 +181,7 @@ class ECGTokenizer(nn.Module):
         state = {k: v.detach().cpu().float().contiguous() for k, v in self.state_dict().items()}
         save_file(state, folder / "model.safetensors.tmp")
         os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
-        text = json.dumps({"model_type": "heartspeed_tokenizer", **asdict(self.config), "fingerprint": self.fingerprint()}, indent=2)
+        text = json.dumps({"model_type": MODEL_TYPE, **asdict(self.config), "fingerprint": self.fingerprint()}, indent=2)
         (folder / "config.json.tmp").write_text(text + "\n")
         os.replace(folder / "config.json.tmp", folder / "config.json")
 

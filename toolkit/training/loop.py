@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from toolkit.errors import UserError, first_line
-from toolkit.files import write_text
+from toolkit.files import share, write_text
 from toolkit.lm.flops import peak_flops
 from toolkit.shards.order import Data
 from toolkit.shown import Shown
@@ -182,6 +182,8 @@ def _export_best(job: Job, engine, path: Path, ranks: Ranks) -> str | None:
     mark("export")
     try:
         job.export(engine.module, path)
+        if ranks.main:
+            share(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(path, ignore_errors=True)
         problem = [first_line(error)]
@@ -208,7 +210,8 @@ def _leave(engine, args: TrainingArguments, run: Run, state: dict, saved: int, l
         raise UserError(f"--output_dir: asked to stop at step {state['step']}, which could not be saved; the newest checkpoint is that of step {saved}")
     if log:
         stop.answered(run.folder)
-        tqdm.write(f"stopped on request after step {state['step']} of {run.last}, which is saved; the same command goes on from here")
+        kept = "which is saved; the same command goes on from here" if state["step"] else "so there is nothing to save; the same command begins again"
+        tqdm.write(f"stopped on request after step {state['step']} of {run.last}, {kept}")
         log.close()
     raise stop.Requeue
 
@@ -230,6 +233,7 @@ def _finish(args: TrainingArguments, job: Job, engine, log: RunLog | None, folde
     if best and job.keep_last:
         job.export(engine.module, folder / LAST)
     if log:
+        share(folder)
         stop.answered(folder)  # too late for it to matter
         if taken:
             early_stopping.take(folder, best)

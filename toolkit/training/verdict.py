@@ -24,10 +24,11 @@ def verdict(beats: dict[int, dict | None], still: set[int], timeout: float, stac
     for what, group in sorted(doing.items(), key=lambda item: item[1])[:8]:
         lines.append(f"  {'rank' if len(group) == 1 else 'ranks'} {spans(group)}: {what}")
     without = sorted(still)
-    missing = f"; none of {'rank' if len(without) == 1 else 'ranks'} {spans(without)}, which cannot write them any more" if without else ""
+    missing = f"; none of {'rank' if len(without) == 1 else 'ranks'} {spans(without)}, which did not answer" if without else ""
     lines.append(f"  stacks of all threads: {stacks}/rank-N.txt{missing}")
-    end = "The run ends with exit code 86; its newest checkpoint is as it was, and the same command goes on from there."
-    lines.append(f"{end} Where it was only slow: a larger --hang_timeout.")
+    saved = "its newest checkpoint is as it was, and the same command goes on from there"
+    saved = saved if (stacks.parent / "latest").is_file() else "no checkpoint was written yet, the same command begins anew"
+    lines.append(f"The run ends with exit code 86; {saved}. Where it was only slow: a larger --hang_timeout.")
     return "\n".join(lines)
 
 
