@@ -1,6 +1,5 @@
 """The same run however it is cut, killed, stopped or resumed: real DeepSpeed on 1, 2 and 4 gloo ranks."""
 
-import contextlib
 import json
 import os
 import random
@@ -13,6 +12,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.faults import being_written
 from tests.training.conftest import losses
 
 ROWS = 8  # a step
@@ -68,22 +68,12 @@ def test_losses_and_weights_do_not_depend_on_ranks_accumulation_or_zero_stage(wh
     same_weights(reference, other, 1e-5)
 
 
-def unfinished(folder) -> set:
-    """Checkpoints without their last file, each by the inode of its folder: one that a killed run left is another than the one written in its place."""
-    found = set()
-    for path in folder.glob("checkpoint-*"):
-        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-            if not (path / "trainer_state.json").exists():
-                found.add(path.stat().st_ino)
-    return found
-
-
 def kill_at_random(run, moment: float, folder, writing: bool) -> None:
     """SIGKILL to all ranks after `moment` seconds; with `writing` as soon as a checkpoint is being written after that."""
-    left = unfinished(folder)
+    left = being_written(folder)
     time.sleep(moment)
     until = time.time() + 20
-    while writing and time.time() < until and not unfinished(folder) - left and not (folder / "train_results.json").exists():
+    while writing and time.time() < until and not being_written(folder) - left and not (folder / "train_results.json").exists():
         time.sleep(0.0005)
     for pid in run.pids:
         try:
@@ -101,7 +91,7 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(fork, arguments, tmp_
     length, kills, written = time.time() - started, 0, 0
     while kills < least:
         run = fork(2, arguments(killed, **more), tmp_path / f"killed-{kills}.log")
-        before = unfinished(killed)
+        before = being_written(killed)
         kill_at_random(run, draw.uniform(0.3, 0.7) * length, killed, writing=kills % 2 == 0)
         codes = run.wait()
         if codes == [0, 0]:  # it came to its end before
@@ -109,7 +99,7 @@ def test_a_run_killed_twenty_times_is_the_run_that_was_not(fork, arguments, tmp_
             continue
         assert -signal.SIGKILL in codes, run.text()[-4000:]
         kills += 1
-        written += bool(unfinished(killed) - before)
+        written += bool(being_written(killed) - before)
     run = fork(2, arguments(killed, **more), tmp_path / "last.log")
     assert run.wait() == [0, 0], run.text()[-4000:]
     assert written >= least // 6  # of the kills hit a checkpoint that was being written
