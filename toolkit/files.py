@@ -63,7 +63,7 @@ def digest(path: str | Path) -> str:
 
 def share(folder: Path) -> None:
     """Give model files the mode of any other file: safetensors 0.8 lets their owner alone read them, and others of a cluster's group could not load them."""
-    umask = os.umask(0)
+    umask = os.umask(0o077)  # there is no other way to read it
     os.umask(umask)
     for path in folder.rglob("*.safetensors"):
         path.chmod(0o666 & ~umask)
