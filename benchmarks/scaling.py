@@ -56,14 +56,16 @@ COLLECTIVES = {  # function -> what the plan calls it, and which of its argument
     "reduce_scatter_tensor": ("reduce-scatter", "input"),
     "all_gather_into_tensor": ("all-gather", "output_tensor"),
 }
+SETTLE = 0.002  # s, in which the thread of gloo drops what it holds of a collective
 WARM_UP, MEASURED = 1, 2  # steps: the first makes the moments, the second completes ZeRO-3's trace of what is used when
 
 
 class Watch:
-    """Stands in for the functions of torch.distributed: counts what they are given; while `waits` is set, each is waited for and timed."""
+    """Stands in for the functions of torch.distributed: counts what they are given; while `waits` is set, each is waited for and timed, and for
+    `settle` seconds gloo may clean up."""
 
     def __init__(self):
-        self.bytes, self.seconds, self.waits = Counter(), 0.0, True
+        self.bytes, self.seconds, self.waits, self.settle = Counter(), 0.0, True, SETTLE
         for name, (kind, buffer) in COLLECTIVES.items():
             setattr(dist, name, self.watched(getattr(dist, name), kind, buffer))
 
@@ -80,13 +82,14 @@ class Watch:
             work = real(*args, **kwargs)
             if work is not None:
                 work.wait()
-                work = Done()
             self.seconds += time.perf_counter() - started
-            # gloo's thread may let go of a tensor last, and the profiler does not see what that frees
+            # gloo's thread may let go of a tensor last, its own copy of a buffer among them, and the profiler does not see what that frees
+            time.sleep(self.settle)
+            handle, work = (None if work is None else Done()), None
             until = time.perf_counter() + 5
             while [t._use_count() for t in tensors] != held and time.perf_counter() < until:
                 time.sleep(0.0002)
-            return work
+            return handle
 
         return call
 
@@ -128,7 +131,7 @@ def rank(args: plan.PlanArguments, ecgs_per_row: int, steps: int) -> dict:
             if number == WARM_UP:
                 begins = time.time_ns()
             step(number)
-    counted, seconds = dict(watch.bytes), {True: [], False: []}
+    counted, seconds, watch.settle = dict(watch.bytes), {True: [], False: []}, 0.0
     shares = []
     for watch.waits in (True, False) if steps else ():
         for number in range(steps):

@@ -103,10 +103,16 @@ def trim(folder: Path, world: int) -> None:
 
 
 def remove(folder: Path, rank: int) -> None:
-    """Delete the heartbeat of a rank, and the folder with the last one."""
-    with contextlib.suppress(OSError):  # the folder holds others
+    """Delete the heartbeat of a rank."""
+    with contextlib.suppress(OSError):
         for path in (folder / FOLDER / f"rank-{rank}.json", folder / FOLDER / f".rank-{rank}.json.partial"):
             path.unlink(missing_ok=True)
+
+
+def leave(folder: Path, rank: int) -> None:
+    """Delete the heartbeat of a rank at its end, and the folder with the last one. (At its start another rank may be about to write into the folder.)"""
+    remove(folder, rank)
+    with contextlib.suppress(OSError):  # it holds others
         (folder / FOLDER).rmdir()
 
 

@@ -74,7 +74,7 @@ def watching(folder: Path, ranks: Ranks, timeout: float) -> Iterator[None]:
             NOW.phase = failed
             heartbeat.write(folder, heartbeat.beat(ranks.rank, 0.0))
         else:
-            heartbeat.remove(folder, ranks.rank)
+            heartbeat.leave(folder, ranks.rank)
     if requeue:
         raise requeue
 
