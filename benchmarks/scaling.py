@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -56,16 +57,14 @@ COLLECTIVES = {  # function -> what the plan calls it, and which of its argument
     "reduce_scatter_tensor": ("reduce-scatter", "input"),
     "all_gather_into_tensor": ("all-gather", "output_tensor"),
 }
-SETTLE = 0.002  # s, in which the thread of gloo drops what it holds of a collective
 WARM_UP, MEASURED = 1, 2  # steps: the first makes the moments, the second completes ZeRO-3's trace of what is used when
 
 
 class Watch:
-    """Stands in for the functions of torch.distributed: counts what they are given; while `waits` is set, each is waited for and timed, and for
-    `settle` seconds gloo may clean up."""
+    """Stands in for the functions of torch.distributed: counts what they are given; while `waits` is set, each is waited for and timed."""
 
     def __init__(self):
-        self.bytes, self.seconds, self.waits, self.settle = Counter(), 0.0, True, SETTLE
+        self.bytes, self.seconds, self.waits = Counter(), 0.0, True
         for name, (kind, buffer) in COLLECTIVES.items():
             setattr(dist, name, self.watched(getattr(dist, name), kind, buffer))
 
@@ -77,19 +76,13 @@ class Watch:
             self.bytes[kind] += given[buffer].nbytes
             if not self.waits:
                 return real(*args, **kwargs)
-            tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
-            held, started = [t._use_count() for t in tensors], time.perf_counter()
+            started = time.perf_counter()
             work = real(*args, **kwargs)
             if work is not None:
                 work.wait()
+                work = Done()
             self.seconds += time.perf_counter() - started
-            # gloo's thread may let go of a tensor last, its own copy of a buffer among them, and the profiler does not see what that frees
-            time.sleep(self.settle)
-            handle, work = (None if work is None else Done()), None
-            until = time.perf_counter() + 5
-            while [t._use_count() for t in tensors] != held and time.perf_counter() < until:
-                time.sleep(0.0002)
-            return handle
+            return work
 
         return call
 
@@ -131,7 +124,7 @@ def rank(args: plan.PlanArguments, ecgs_per_row: int, steps: int) -> dict:
             if number == WARM_UP:
                 begins = time.time_ns()
             step(number)
-    counted, seconds, watch.settle = dict(watch.bytes), {True: [], False: []}, 0.0
+    counted, seconds = dict(watch.bytes), {True: [], False: []}
     shares = []
     for watch.waits in (True, False) if steps else ():
         for number in range(steps):
@@ -147,11 +140,31 @@ def rank(args: plan.PlanArguments, ecgs_per_row: int, steps: int) -> dict:
 
 
 def peak(profile, begins: int) -> int:
-    """The most bytes at a time after `begins` (nanoseconds), by the allocator's events."""
-    held = most = 0
-    for event in sorted((e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held) if event.start_ns() >= begins else held
+    """The most bytes at a time after `begins` (nanoseconds), by the allocator's events.
+
+    What gloo's thread frees, its copies of buffers, is no event: a block is taken for freed when another one is given out where it lay.
+    """
+    nodes, events = [*profile.profiler.kineto_results.experimental_event_tree()], []
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children
+        if node.name == "[memory]":
+            events.append((node.start_time_ns, node.extra_fields.ptr, node.extra_fields.alloc_size))
+    starts: list[int] = []  # of the blocks that are held, sorted
+    sizes, held, most = {}, 0, 0
+    for at, place, size in sorted(events, key=lambda event: event[0]):
+        first = bisect_left(starts, place)
+        if size < 0:
+            gone = [place] if place in sizes else []
+        else:
+            first -= first > 0 and starts[first - 1] + sizes[starts[first - 1]] > place
+            gone = starts[first : bisect_left(starts, place + size)]
+        held -= sum(sizes.pop(block) for block in gone)
+        starts[first : first + len(gone)] = [place] if size > 0 else []
+        if size > 0:
+            sizes[place] = size
+            held += size
+        most = max(most, held) if at >= begins else held
     return most
 
 
