@@ -76,12 +76,17 @@ class Watch:
             self.bytes[kind] += given[buffer].nbytes
             if not self.waits:
                 return real(*args, **kwargs)
-            started = time.perf_counter()
+            tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+            held, started = [t._use_count() for t in tensors], time.perf_counter()
             work = real(*args, **kwargs)
             if work is not None:
                 work.wait()
                 work = Done()
             self.seconds += time.perf_counter() - started
+            # gloo's thread may let go of a tensor last, and the profiler does not see what that frees
+            until = time.perf_counter() + 5
+            while [t._use_count() for t in tensors] != held and time.perf_counter() < until:
+                time.sleep(0.0002)
             return work
 
         return call
@@ -142,7 +147,7 @@ def rank(args: plan.PlanArguments, ecgs_per_row: int, steps: int) -> dict:
 def peak(profile, begins: int) -> int:
     """The most bytes at a time after `begins` (nanoseconds), by the allocator's events.
 
-    What gloo's thread frees, its copies of buffers, is no event: a block is taken for freed when another one is given out where it lay.
+    What gloo's thread frees, such as its copies of buffers, is no event: a block is taken for freed when another one is given out where it lay.
     """
     nodes, events = [*profile.profiler.kineto_results.experimental_event_tree()], []
     while nodes:
