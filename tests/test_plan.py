@@ -123,7 +123,10 @@ def test_memory_by_hand():
     two = found["presets"]["zero2"]
     assert [two[part] for part in ("weights", "gradients", "optimizer", "buffers", "host")] == [2 * n, n / 4, 12 * n / 16, 2e9, 0]
     assert two["chosen"] and list(found["presets"]) == list(plan.NAMES)
-    assert (found["checkpoint"], found["export"]) == (14 * n, 2 * n)
+    assert (found["checkpoint"], found["export"]) == (12 * n, 2 * n)
+    zero0 = str(plan.PRESETS / "zero0.json")
+    assert planned(*LLAMA, "--precision", "bf16", "--deepspeed", zero0)["checkpoint"] == 14 * n
+    assert planned(*LLAMA, "--precision", "fp32", "--deepspeed", zero0)["checkpoint"] == 12 * n
     every = found["activations"]
     assert every["full"] < every["every_2"] < every["none"]
 

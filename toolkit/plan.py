@@ -81,6 +81,8 @@ def make_plan(args: PlanArguments) -> dict:
     steps = args.max_steps if args.max_steps >= 0 else math.ceil(args.num_train_epochs * ecgs / (rows * m.per_row))
     step_flops = m.row_flops * rows
     step_seconds = step_flops / (m.peak * args.world * args.mfu)
+    # weights in float32 and Adam's moments; ZeRO stage 0 in bf16 keeps the bf16 weights beside them (training/checkpoint.py)
+    per_weight = 14 if m.bf16 and ds_config.read(args.deepspeed)["zero_optimization"]["stage"] == 0 else 12
     return {
         "backbone": args.backbone, "objective": args.objective, "train": args.train, "precision": "bf16" if m.bf16 else "fp32",
         "world": args.world, "gpu": args.gpu, "gpu_memory": GPUS[args.gpu].memory * 10**9, "peak_flops": m.peak, "mfu": args.mfu,
@@ -92,7 +94,7 @@ def make_plan(args: PlanArguments) -> dict:
         "rows_per_step": rows, "ecgs_per_step": rows * m.per_row, "tokens_per_step": rows * m.per_row * len(m.ecg.input_ids),
         "steps": steps, "ecgs_in_all": steps * rows * m.per_row, "tokens_in_all": steps * rows * m.per_row * len(m.ecg.input_ids),
         "step_flops": step_flops, "step_seconds": step_seconds, "seconds": steps * step_seconds, "gpu_hours": steps * step_seconds * args.world / 3600,
-        "checkpoint": (14 if m.bf16 else 16) * m.trained, "export": m.size * m.total,
+        "checkpoint": per_weight * m.trained, "export": m.size * m.total,
         "activations": m.activations, "loss": m.loss, "presets": {name: preset(args, path, m, args.world) for name, path in presets(args)},
     }  # fmt: skip
 

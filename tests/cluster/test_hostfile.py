@@ -1,6 +1,5 @@
 """Two nodes without SLURM: `deepspeed --hostfile` over pdsh and ssh, where .deepspeed_env carries the environment, and with --no_ssh on each node."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,8 @@ import psutil
 import pytest
 
 from launchers.deepspeed_env import NAME, chosen, main
-from tests.training.conftest import fork  # noqa: F401  a fixture
+from tests.training.conftest import fork, losses  # noqa: F401  a fixture
+from toolkit.training.distributed import RANK_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 29650  # of the nodes' own network: nothing else is there
@@ -26,13 +26,9 @@ def argv(corpus, out: Path) -> list:
     return ["--deepspeed", ROOT / "ds_configs" / "zero2.json", *model, *run]
 
 
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "loss" in line]
-
-
 @pytest.fixture(scope="module")
-def reference(corpus, fork, tmp_path_factory) -> list[float]:  # noqa: F811
-    """Losses of the same run on one machine, in two ranks without any launcher."""
+def reference(corpus, fork, tmp_path_factory) -> dict[int, float]:  # noqa: F811
+    """step -> loss of the same run on one machine, in two ranks without any launcher."""
     out = tmp_path_factory.mktemp("one_machine")
     started = fork(2, argv(corpus, out / "run"), out / "log")
     assert started.wait() == [0, 0], started.text()
@@ -43,8 +39,7 @@ def reference(corpus, fork, tmp_path_factory) -> list[float]:  # noqa: F811
 def here(tmp_path):
     """A folder with a hostfile, and the environment of a user's shell: their own variables in it, those of a rank not."""
     (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    inherited = {name: value for name, value in os.environ.items() if name not in ranks and not name.startswith("SLURM_")}
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES and not name.startswith("SLURM_")}
     own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_ANY": VALUE, "NOT_NAMED": "stays", "HF_TOKEN": "hf_secret"}
     return tmp_path, {**inherited, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path), **own}
 

@@ -34,19 +34,8 @@ def recipe(corpus, tmp_path):
 
 def submit(slurm, recipe) -> list[str]:
     """Numbers of the jobs."""
-    words = [
-        recipe,
-        "--nodes",
-        "2",
-        "--gpus_per_node",
-        "0",
-        "--shard_jobs",
-        "2",
-        "--",
-        "--cpus-per-task=1",
-        "--mem=500M",
-        f"--output={recipe.parent}/%x-%a.out",
-    ]
+    further = ["--cpus-per-task=1", "--mem=500M", f"--output={recipe.parent}/%x-%a.out"]
+    words = [recipe, "--nodes", 2, "--gpus_per_node", 0, "--shard_jobs", 2, "--", *further]
     said = slurm.call(sys.executable, "launchers/submit.py", *words)
     return re.search(r"scancel ([\d ]+)", said)[1].split()
 

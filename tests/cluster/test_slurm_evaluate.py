@@ -76,4 +76,4 @@ def test_requeued_it_goes_on_with_what_is_left(slurm, made):
 def test_slurm_takes_it_but_for_the_gpus_that_are_not_here(slurm, name):
     small = [] if name == "shard.sbatch" else ["--gpus-per-node=0"]
     slurm.call("sbatch", "--test-only", "--cpus-per-task=1", "--mem=100M", *small, f"launchers/slurm/{name}", "recipes/ptbxl-line.yaml")
-    (ROOT / "launchers/slurm" / name).read_text().index(f"#   sbatch launchers/slurm/{name} recipes/")  # the command that its first lines show
+    assert f"#   sbatch launchers/slurm/{name} recipes/" in (ROOT / "launchers/slurm" / name).read_text()  # the command that its first lines show

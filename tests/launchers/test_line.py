@@ -85,6 +85,14 @@ def pretrain_again(line, out, ranks, accumulation, *more):
                      "--precision", "fp32", "--gain_tokens", "true", "--seq_len", 600, *more, ranks=ranks)  # fmt: skip
 
 
+def test_a_checkpoint_is_as_large_as_the_plan_says(line):
+    """12 bytes a trained weight; tests/test_plan.py holds the plan to it."""
+    (checkpoint,) = (line / "pretrain").glob("checkpoint-*")
+    weights = sum(weight.numel() for weight in load_file(line / "pretrain" / "model.safetensors").values())
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert size == pytest.approx(12 * weights, rel=0.01)
+
+
 def test_a_finished_run_started_again_changes_nothing(line):
     folder = line / "pretrain"
     before = (folder / "model.safetensors").stat().st_mtime_ns, (folder / "log.jsonl").read_text()

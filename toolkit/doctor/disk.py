@@ -75,7 +75,7 @@ def check_disk(name: str, path: str | Path, how_else: str) -> Iterator[Finding]:
         yield error("disk", f"{said} does not keep {' and '.join(lost)}", mend.get(lost[0], f"name a folder on another file system: {how_else}"))
     if free < FEW_BYTES:
         bad = True
-        yield warning("disk", f"{about}: a checkpoint takes up to 14 bytes a trained parameter, 1.9 GB of 135 M, 45 GB of 3 B", elsewhere)
+        yield warning("disk", f"{about}: a checkpoint has 12 bytes a trained parameter, 1.6 GB of 135 M, 39 GB of 3 B", elsewhere)
     if space.f_files and inodes < FEW_FILES:  # 0: a file system that does not count files
         bad = True
         yield warning("disk", f"{said}: room for {inodes:,} files alone", elsewhere)
